@@ -1,0 +1,59 @@
+# The whole story, top to bottom: set up, prepare data, train three stages, look at the curves.  `make help`
+SHELL  := bash
+PYTHON ?= python3
+SCALE  ?= mini
+RUNS   ?= runs
+NAME   ?=
+CONFIG ?=
+FROM   ?=
+SET    ?=
+FRESH  ?=
+
+PY     := .venv/bin/python
+STAGE   = $(PY) -m stages.$(1) --scale "$(SCALE)" --runs "$(RUNS)" $(if $(CONFIG),--config "$(CONFIG)") \
+          $(if $(NAME),--name "$(NAME)") $(if $(FROM),--from "$(FROM)") $(if $(FRESH),--fresh) $(SET)
+
+.DEFAULT_GOAL := help
+.PHONY: help setup data stage1 stage2 stage3 stages curves keys test lint
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@echo '  variables: SCALE=mini|... SET="key=value ..." CONFIG=path.yaml NAME=run FROM=run RUNS=folder FRESH=1'
+
+setup: .venv/.done  ## Python environment in .venv (done by all others when needed)
+
+.venv/.done: pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "error: $(PYTHON) is older than 3.11; say PYTHON=python3.11"; exit 2; }
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --no-compile --disable-pip-version-check -e '.[dev]'
+	@touch $@
+
+data: setup  ## real speech in five languages (about 55 MB from Debian), tokenizer and text weights for mini
+	@$(PY) -m stages.prepare --out data/mini
+	@$(PY) -m stages.text_decoder --scale mini --runs data
+
+stage1: setup  ## encoder, projector and decoder learn together to caption audio
+	@$(call STAGE,stage1_align)
+
+stage2: setup  ## the decoder learns to listen, through LoRA, from the encoder of stage 1
+	@$(call STAGE,stage2_pretrain)
+
+stage3: setup  ## supervised fine-tuning of the whole of stage 2, LoRA on all linear layers
+	@$(call STAGE,stage3_sft)
+
+stages:  ## data, then the three stages one after the other, then the curves
+	@for verb in data stage1 stage2 stage3 curves; do $(MAKE) --no-print-directory $$verb || exit $$?; done
+
+curves: setup  ## draw the loss of every run of SCALE into $(RUNS)/$(SCALE)/curves.png, print a table
+	@$(PY) -m stages.curves --scale "$(SCALE)" --runs "$(RUNS)"
+
+keys: setup  ## every config key with its default and its sentence
+	@$(PY) -m stages.keys
+
+test: setup  ## all tests, with the three stages on real speech
+	@$(PY) -m stages.prepare --out data/mini
+	@HF_HUB_OFFLINE=1 $(PY) -m pytest
+
+lint: setup  ## ruff, mypy, and the doors between the rooms
+	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/lint-imports

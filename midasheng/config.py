@@ -1,0 +1,364 @@
+"""The schema of a stage: dataclass defaults <- stage YAML (+ include) <- scale <- command line, strict.
+
+Every key has a sentence here (`make keys` prints them), and the layer that set each value is remembered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+def key(default: Any, doc: str, *, free: bool = False) -> Any:
+    """A config key: its default, its sentence, and whether it may change between a run and its resume (`free`:
+    hardware, workers, logging: results do not depend on it)."""
+    metadata = {"doc": doc, "free": free}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def section(cls: type, doc: str) -> Any:
+    """A nested section of the schema."""
+    return field(default_factory=cls, metadata={"doc": doc, "free": False})
+
+
+@dataclass
+class Lora:
+    """LoRA through peft, on the decoder only."""
+
+    targets: list[str] = key([], "linear layers of the decoder to adapt: names, globs, or [all-linear]; [] is no LoRA")
+    rank: int = key(8, "rank of the LoRA matrices (report: 8)")
+    alpha: float = key(32.0, "LoRA is scaled by alpha / rank (report: 32)")
+    dropout: float = key(0.1, "dropout on the input of LoRA (report: 0.1)")
+    inherit: str = key(
+        "carry", "the LoRA of the run this one starts from: carry (goes on learning) or merge (into the weights, fp32)"
+    )
+
+
+@dataclass
+class Data:
+    """What is trained on."""
+
+    mix: str = key("", "name of the mix: a file in data.manifests, without .yaml")
+    manifests: str = key("data_manifests/mini", "folder of the mixes; the cards lie in ../corpora beside it")
+    root: str = key("data/mini/shards", "folder that the shard patterns of the cards are relative to")
+    max_audio_s: float = key(30.0, "longer clips (seconds) are skipped and counted as `too long`")
+    val_clips: int = key(64, "held-out records per corpus that are validated on", free=True)
+
+
+@dataclass
+class Optim:
+    """Optimizer and schedule."""
+
+    name: str = key("adamw8bit", "adamw8bit (bitsandbytes; tensors below 4,096 elements keep fp32 states) or adamw")
+    lr: float = key(1e-4, "peak learning rate (report: stage 2 1e-4, stage 3 1e-5; stage 1 is not published)")
+    lr_for: dict[str, float] = key({}, "peak learning rate of tensors that match a glob, instead of optim.lr")
+    weight_decay: float = key(0.01, "decoupled; none on norms, biases and position embeddings")
+    betas: list[float] = key([0.9, 0.999], "Adam's decay rates of the first and second moment")
+    eps: float = key(1e-8, "Adam's epsilon")
+    clip_norm: float = key(1.0, "the gradient of a whole step is scaled down to this norm (not published)")
+    final_lr: float = key(0.1, "the cosine ends at this share of the peak (report: 10 %)")
+
+
+@dataclass
+class Run:
+    """How long, from which seed, in which precision."""
+
+    length: str = key("1 epochs", "length of the run: N steps, N clips, N audio_hours or N epochs (of the whole mix)")
+    warmup: str = key("1000 steps", "linear warm-up from 0, in the same units (report: 1,000 steps)")
+    seed: int = key(0, "seed of data order, prompts, fresh weights and dropout")
+    precision: str = key("bf16", "bf16: trained weights fp32, frozen ones bf16, autocast bf16; fp32: everything fp32")
+
+
+@dataclass
+class Batch:
+    """What one optimizer step holds."""
+
+    kind: str = key("report", "report: clips_per_step as published; throughput: packs of pack_slots on every GPU")
+    clips_per_step: int = key(256, "kind report: mean clips per step over all GPUs (published: 256, 800, 640)")
+    packs_per_step: int = key(8, "packs a step is cut into, whatever the number of GPUs")
+    pack_slots: int = key(8192, "kind throughput: decoder slots of a pack; kind report derives it from the mix's mean")
+    pack_frames: int = key(0, "encoder frames of a pack; 0: in the mix's own ratio to pack_slots")
+
+
+@dataclass
+class Encoder:
+    """Dasheng sizes: base 768/12/12, 0.6B 1280/32/16, 1.2B 1536/40/24."""
+
+    dim: int = key(1280, "encoder width")
+    depth: int = key(32, "encoder blocks")
+    heads: int = key(16, "encoder attention heads")
+
+
+@dataclass
+class DecoderModel:
+    """The decoder's architecture."""
+
+    architecture: str = key("qwen2_5_omni_text", "model_type of transformers' text model")
+    fields: dict[str, Any] = key({}, "fields of its transformers config (hidden_size, num_hidden_layers, ...)")
+
+
+@dataclass
+class Model:
+    """Sizes."""
+
+    encoder: Encoder = section(Encoder, "the Dasheng audio encoder")
+    decoder: DecoderModel = section(DecoderModel, "the text decoder")
+
+
+@dataclass
+class Weights:
+    """Named sources that a stage's `start` can refer to as ${weights.NAME}."""
+
+    encoder: str = key("", "pretrained encoder: a Dasheng .pt file or a folder")
+    decoder: str = key("", "text weights of the decoder: a folder with safetensors, or a run folder")
+
+
+@dataclass
+class Tokenizer:
+    """The decoder's tokenizer and where audio stands in it."""
+
+    path: str = key("", "folder or hub id that transformers' AutoTokenizer reads")
+    audio_bos: str = key("<|audio_bos|>", "token before the audio slots (a map for decoders that lack it)")
+    audio: str = key("<|AUDIO|>", "token of an audio slot; its embedding is never used")
+    audio_eos: str = key("<|audio_eos|>", "token after the audio slots")
+
+
+@dataclass
+class Hardware:
+    """Where it runs; may change between a run and its resume."""
+
+    accelerator: str = key("auto", "cpu, gpu or auto", free=True)
+    devices: int = key(1, "processes (GPUs) per node", free=True)
+    nodes: int = key(1, "nodes", free=True)
+    workers: int = key(2, "loader processes per rank; 0 loads in the training process", free=True)
+    threads: int = key(0, "torch CPU threads per process; 0 leaves torch's own choice", free=True)
+
+
+@dataclass
+class Log:
+    """What is written how often; may change between a run and its resume."""
+
+    every: int = key(10, "steps between rows of metrics.jsonl", free=True)
+    val_every: int = key(100, "steps between validations; one is always made at step 0 and at the end", free=True)
+    checkpoint_every: int = key(500, "steps between checkpoints; one is always made at the end or on Ctrl-C", free=True)
+    progress: bool = key(True, "progress bar", free=True)
+
+
+@dataclass
+class Stage:
+    """One stage of training, whole. Everything a run depends on is in here, in the data and in the start weights."""
+
+    name: str = key("", "which stage this is; scale files override by it, stage.json records it")
+    start: list[Any] = key([], "origins: [{from: STAGE or path, take: [globs]}]; each tensor has exactly one origin")
+    fresh: list[str] = key([], "globs of tensors that start from fresh random weights")
+    train: list[str] = key([], "globs of what learns; all else is frozen. One that matches nothing is an error")
+    lora: Lora = section(Lora, "LoRA on the decoder")
+    data: Data = section(Data, "what is trained on")
+    optim: Optim = section(Optim, "optimizer and schedule")
+    run: Run = section(Run, "length, seed, precision")
+    batch: Batch = section(Batch, "what a step holds")
+    model: Model = section(Model, "sizes")
+    weights: Weights = section(Weights, "named sources of weights")
+    tokenizer: Tokenizer = section(Tokenizer, "tokenizer")
+    hardware: Hardware = section(Hardware, "where it runs")
+    log: Log = section(Log, "what is written how often")
+
+
+class UserError(ValueError):
+    """A mistake in files or settings: shown without a traceback. The message says what is there and what to write."""
+
+
+class ConfigError(UserError):
+    """A mistake in a config file or on the command line."""
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A stage and where each of its values came from (dotted key -> layer)."""
+
+    stage: Stage
+    origin: dict[str, str]
+
+    def yaml(self) -> str:
+        """The config as YAML, each line followed by the layer that set it."""
+        lines = []
+        for name, value in flat(dataclasses.asdict(self.stage)).items():
+            text = json.dumps(value, ensure_ascii=False)
+            lines.append(f"{name}: {text}".ljust(64) + f"  # {self.origin.get(name, 'default')}")
+        return "\n".join(lines) + "\n"
+
+
+def flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"lora": {"rank": 8}} -> {"lora.rank": 8}; open dictionaries (no fixed keys) count as one value."""
+    out: dict[str, Any] = {}
+    for name, value in tree.items():
+        path = f"{prefix}{name}"
+        if isinstance(value, dict) and path not in OPEN:
+            out |= flat(value, f"{path}.")
+        else:
+            out[path] = value
+    return out
+
+
+def schema(cls: type = Stage, prefix: str = "") -> dict[str, dataclasses.Field[Any]]:
+    """Dotted key -> dataclass field, for every key that may be set."""
+    out: dict[str, dataclasses.Field[Any]] = {}
+    for item in dataclasses.fields(cls):
+        nested = item.default_factory
+        if isinstance(nested, type) and dataclasses.is_dataclass(nested):
+            out |= schema(nested, f"{prefix}{item.name}.")
+        else:
+            out[prefix + item.name] = item
+    return out
+
+
+OPEN = {"optim.lr_for", "model.decoder.fields"}  # dictionaries whose keys are the user's
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"{path}: no such file")
+    try:
+        loaded = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
+    except Exception as error:  # omegaconf passes on whatever its YAML reader raises
+        raise ConfigError(f"{path}: cannot be read as YAML: {error}") from None
+    if not isinstance(loaded, dict):
+        raise ConfigError(f"{path}: expected `key: value` lines, found {type(loaded).__name__}")
+    return {str(k): v for k, v in loaded.items()}
+
+
+def _stage_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[tuple[str, dict[str, Any]]]:
+    """The file's layers, what it includes first."""
+    if path in seen:
+        raise ConfigError(f"{path}: includes itself through {' -> '.join(map(str, seen))}")
+    content = _read(path)
+    include = content.pop("include", None)
+    below = _stage_layers((path.parent / str(include)).resolve(), (*seen, path)) if include else []
+    return [*below, (path.name, content)]
+
+
+def _check_keys(layer: str, content: dict[str, Any]) -> None:
+    known = schema()
+    for name in flat(content):
+        inside_open = any(name == o or name.startswith(o + ".") for o in OPEN)
+        if name in known or inside_open:
+            continue
+        sections = {k.rsplit(".", i)[0] for k in known for i in range(1, k.count(".") + 1)}
+        if name in sections:
+            raise ConfigError(f"{layer}: {name} is a section; write {name}.KEY=VALUE (`make keys` lists the keys)")
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        hint = f"; did you mean `{near[0]}`?" if near else ""
+        raise ConfigError(f"{layer}: unknown key `{name}`{hint} (`make keys` lists all keys)")
+
+
+def scales(configs: Path) -> list[str]:
+    """Names of the scales there are."""
+    return sorted(p.stem for p in (configs / "scale").glob("*.yaml"))
+
+
+def load(config: Path, scale: str, settings: list[str], configs: Path = Path("configs")) -> Loaded:
+    """Read a stage. `settings`: "key=value" strings of the command line. Raises ConfigError."""
+    if not config.is_file():
+        there = ", ".join(str(p) for p in sorted(configs.rglob("*.yaml")) if "scale" not in p.parts)
+        raise ConfigError(f"{config}: no such stage file; there are {there}")
+    if scale not in scales(configs):
+        near = difflib.get_close_matches(scale, scales(configs), n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"SCALE={scale}: unknown scale{hint} (there are: {', '.join(scales(configs))})")
+    layers = _stage_layers(config.resolve())
+    name = next((c["name"] for _, c in reversed(layers) if c.get("name")), "")
+    scale_path = configs / "scale" / f"{scale}.yaml"
+    content = _read(scale_path)
+    per_stage = content.pop("stages", None) or {}
+    layers.append((scale_path.name, content))
+    if name in per_stage:
+        layers.append((f"{scale_path.name} (stages.{name})", per_stage[name]))
+    for setting in settings:
+        if "=" not in setting or setting.startswith("="):
+            raise ConfigError(f"SET: `{setting}` is not of the form key=value")
+    if settings:
+        command_line = OmegaConf.to_container(OmegaConf.from_dotlist(settings), resolve=False)
+        layers.append(("command line", {str(k): v for k, v in dict(command_line).items()}))  # type: ignore[call-overload]
+
+    merged: Any = OmegaConf.structured(Stage)
+    origin: dict[str, str] = {}
+    for layer, values in layers:
+        _check_keys(layer, values)
+        try:
+            merged = OmegaConf.merge(merged, values)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{layer}: {error.full_key or ''}: {str(error).splitlines()[0]}") from None
+        origin |= {n: layer for n in flat(values)}
+    try:
+        stage = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{config.name}: {error.full_key or ''}: {str(error).splitlines()[0]}") from None
+    assert isinstance(stage, Stage)
+    _check_values(stage)
+    return Loaded(stage, origin)
+
+
+def length(text: str, name: str) -> tuple[float, str]:
+    """"1.4 epochs" -> (1.4, "epochs"); units: steps, clips, audio_hours, epochs."""
+    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(steps|clips|audio_hours|epochs)\s*", text)
+    if not match or float(match[1]) < 0:
+        raise ConfigError(f"{name}: `{text}` is no length; write for example `1000 steps`, `1.4 epochs`, `20 audio_hours`")
+    return float(match[1]), match[2]
+
+
+def _check_values(stage: Stage) -> None:
+    """Values that no type can rule out."""
+    def require(good: bool, message: str) -> None:
+        if not good:
+            raise ConfigError(message)
+
+    require(bool(stage.name), "name: a stage file must say which stage it is, e.g. `name: stage1_align`")
+    require(bool(stage.train or stage.lora.targets), "train: nothing learns; name what does, e.g. [audio_encoder.*]")
+    for position, start in enumerate(stage.start):
+        good = isinstance(start, dict) and set(start) == {"from", "take"} and isinstance(start["take"], list)
+        require(good, f"start[{position}]: write {{from: STAGE or path, take: [globs]}}, not {start}")
+        require(bool(start["from"]), f"start[{position}].from is empty; set weights.decoder / weights.encoder")
+    require(stage.run.precision in ("bf16", "fp32"), (
+        f"run.precision: {stage.run.precision!r} is not offered; write bf16 (trained weights in fp32, frozen ones and "
+        "compute in bf16) or fp32. With weights in bf16 a weight of 0.02 does not move at a learning rate of 1e-5"
+    ))
+    require(stage.optim.name in ("adamw8bit", "adamw"), f"optim.name: {stage.optim.name!r}; write adamw8bit or adamw")
+    require(stage.lora.inherit in ("carry", "merge"), f"lora.inherit: {stage.lora.inherit!r}; write carry or merge")
+    require(stage.lora.rank > 0, f"lora.rank: {stage.lora.rank}; a rank is at least 1 (no LoRA is `lora.targets: []`)")
+    require(stage.batch.kind in ("report", "throughput"), f"batch.kind: {stage.batch.kind!r}; write report or throughput")
+    require(stage.batch.packs_per_step > 0, f"batch.packs_per_step: {stage.batch.packs_per_step}; at least 1")
+    require(len(stage.optim.betas) == 2, f"optim.betas: {stage.optim.betas}; two numbers")
+    require(min(stage.log.every, stage.log.val_every, stage.log.checkpoint_every) > 0, "log.*: steps are at least 1")
+    length(stage.run.length, "run.length")
+    length(stage.run.warmup, "run.warmup")
+
+
+def binding(stage: Stage) -> dict[str, Any]:
+    """The values that results depend on (dotted key -> value): what a resume must not change."""
+    free = {name for name, item in schema().items() if item.metadata["free"]}
+    return {name: value for name, value in flat(dataclasses.asdict(stage)).items() if name not in free}
+
+
+def fingerprint(stage: Stage) -> str:
+    """Hash of `binding`."""
+    return hashlib.sha256(json.dumps(binding(stage), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def keys_table() -> str:
+    """All keys with default and sentence, for `make keys`."""
+    defaults = flat(dataclasses.asdict(Stage()))
+    return "\n".join(
+        f"{name:26} {json.dumps(defaults[name]):28} {item.metadata['doc']}{' [free]' if item.metadata['free'] else ''}"
+        for name, item in schema().items()
+    )

@@ -1,0 +1,1 @@
+"""Raw audio to captioned shards: where corpora are made, before anything is trained."""

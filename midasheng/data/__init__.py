@@ -1,0 +1,1 @@
+"""Bytes -> Pack: manifests, index, plan, decoding, chat, loader, ledger."""

@@ -1,0 +1,54 @@
+"""Bytes -> 16 kHz mono float32, or Skip(reason)."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import soundfile
+import soxr
+
+from midasheng import frames
+
+
+class Skip(Exception):
+    """A record that cannot be trained on; `reason` is a short fixed phrase that is counted."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+SLACK = frames.SAMPLE_RATE // 50  # 20 ms: how far decoded audio may be from its planned length
+
+
+def planned_samples(data: bytes) -> int:
+    """Length in samples at 16 kHz from the header alone. Raises Skip("undecodable") or Skip("too short")."""
+    try:
+        info = soundfile.info(io.BytesIO(data))
+    except (soundfile.LibsndfileError, RuntimeError):
+        raise Skip("undecodable") from None
+    n_samples = round(info.frames * frames.SAMPLE_RATE / info.samplerate)
+    if n_samples < frames.MIN_SAMPLES:
+        raise Skip("too short")
+    return n_samples
+
+
+def decode(data: bytes, n_samples: int) -> np.ndarray:
+    """Decode wav, flac, mp3, ogg or opus to float32 (n_samples,), channels averaged, resampled by soxr HQ.
+
+    Audio within 20 ms of the planned length is trimmed or padded with zeros. Raises Skip("undecodable"),
+    Skip("length differs") or Skip("not finite").
+    """
+    try:
+        audio, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+    except (soundfile.LibsndfileError, RuntimeError):
+        raise Skip("undecodable") from None
+    mono = audio.mean(axis=1)
+    if rate != frames.SAMPLE_RATE:
+        mono = soxr.resample(mono, rate, frames.SAMPLE_RATE, quality="HQ")
+    if abs(len(mono) - n_samples) > SLACK:
+        raise Skip("length differs")
+    if not np.isfinite(mono).all():
+        raise Skip("not finite")
+    return np.pad(mono[:n_samples], (0, max(0, n_samples - len(mono)))).astype(np.float32)

@@ -1,0 +1,135 @@
+"""Corpus cards and mixes: read strictly, so that a typing error is found before any GPU hour."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from midasheng.config import UserError
+
+
+class ManifestError(UserError):
+    """A mistake in a card or a mix; the message names the file and says what to write."""
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Records kept apart for validation: the share with the lowest hash of JSON field `by`, at most `max` records."""
+
+    by: str
+    share: float
+    max: int
+
+
+@dataclass(frozen=True)
+class Card:
+    """One corpus: where its shards are and how a record becomes a conversation.
+
+    Either `prompts` and `answer` (a JSON field: a string, or a list with one variant each; {field} in a prompt is filled
+    from the record's JSON), or `pairs` (a JSON field: a list of {question, answer}).
+    """
+
+    name: str
+    task: str
+    shards: str  # glob, relative to the data root
+    licence: str
+    languages: list[str] = dataclasses.field(default_factory=list)
+    hours: float = 0.0
+    homepage: str = "unknown"
+    audio: bool = True  # False: text only, the conversation holds no clip
+    prompts: list[str] = dataclasses.field(default_factory=list)
+    answer: str = ""
+    pairs: str = ""
+    held_out: HeldOut | None = None
+
+    def shard_paths(self, root: Path) -> list[Path]:
+        """The shards there are, sorted. Raises ManifestError when there is none."""
+        paths = sorted(root.glob(self.shards))
+        if not paths:
+            raise ManifestError(
+                f"corpus {self.name}: no shard matches {root / self.shards}; run `make data`, or set data.root"
+            )
+        return paths
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Corpora with their share of samples in percent, summing to 100."""
+
+    name: str
+    cards: tuple[Card, ...]
+    percent: tuple[float, ...]
+    notes: tuple[str, ...] = ()  # what was done to it on reading, to be printed
+
+
+def _mapping(path: Path) -> dict[str, Any]:
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ManifestError(f"{path}: cannot be read as YAML: {error}") from None
+    if not isinstance(content, dict):
+        raise ManifestError(f"{path}: expected `key: value` lines, found {type(content).__name__}")
+    return content
+
+
+def _strict(cls: type, content: dict[str, Any], path: Path) -> Any:
+    known = {f.name: f for f in dataclasses.fields(cls)}
+    for name in content:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            raise ManifestError(f"{path}: unknown key `{name}`" + (f"; did you mean `{near[0]}`?" if near else ""))
+    missing = [
+        n for n, f in known.items()
+        if n not in content and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING
+    ]  # fmt: skip
+    if missing:
+        raise ManifestError(f"{path}: missing key `{missing[0]}`")
+    return cls(**content)
+
+
+def read_card(path: Path) -> Card:
+    """Read one card. Raises ManifestError."""
+    content = _mapping(path)
+    if content.get("held_out"):
+        content["held_out"] = _strict(HeldOut, content["held_out"], path)
+    card: Card = _strict(Card, content, path)
+    if card.name != path.stem:
+        raise ManifestError(f"{path}: its name is `{card.name}`; a card bears the name of its file")
+    if bool(card.pairs) == bool(card.prompts and card.answer):
+        raise ManifestError(f"{path}: write either `prompts` and `answer`, or `pairs`")
+    return card
+
+
+def read_mix(name: str, manifests: Path) -> Mix:
+    """Read `manifests`/`name`.yaml and its cards from `manifests`/../corpora. Raises ManifestError."""
+    path = manifests / f"{name}.yaml"
+    if not path.is_file():
+        there = ", ".join(sorted(p.stem for p in manifests.glob("*.yaml"))) or "none"
+        raise ManifestError(f"data.mix: no manifest {path} (there are: {there})")
+    content = _mapping(path)
+    corpora = content.get("corpora")
+    if set(content) != {"corpora"} or not isinstance(corpora, dict) or not corpora:
+        raise ManifestError(f"{path}: write `corpora:` and below it `NAME: PERCENT` lines, nothing else")
+    for corpus, percent in corpora.items():
+        if isinstance(percent, bool) or not isinstance(percent, int | float) or percent <= 0:
+            raise ManifestError(f"{path}: {corpus}: {percent!r} is no share; write a percentage above 0")
+    total = float(sum(corpora.values()))
+    notes: tuple[str, ...] = ()
+    if abs(total - 100) > 0.5:
+        raise ManifestError(f"{path}: the shares sum to {total:g} percent; they must sum to 100 (within 0.5)")
+    if abs(total - 100) > 1e-9:
+        notes = (f"{path}: shares sum to {total:g}; scaled to 100",)
+    cards = []
+    for corpus in corpora:
+        card_path = manifests.parent / "corpora" / f"{corpus}.yaml"
+        if not card_path.is_file():
+            near = difflib.get_close_matches(corpus, [p.stem for p in card_path.parent.glob("*.yaml")], n=1)
+            hint = f"; did you mean `{near[0]}`?" if near else ""
+            raise ManifestError(f"{path}: corpus `{corpus}` has no card {card_path}{hint}")
+        cards.append(read_card(card_path))
+    return Mix(name, tuple(cards), tuple(100 * p / total for p in corpora.values()), notes)

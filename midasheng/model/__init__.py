@@ -1,0 +1,1 @@
+"""Pack -> loss: encoder, projector, decoder, what learns, and weights."""

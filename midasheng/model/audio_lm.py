@@ -1,0 +1,107 @@
+"""AudioLM: encode, project, place, decode. Pack -> loss of each segment."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+
+from midasheng import frames
+from midasheng.model.decoder import Decoder
+from midasheng.model.encoder import DashengEncoder, EncoderShape
+from midasheng.model.projector import AudioProjector
+from midasheng.sample import NO_TARGET, Pack
+
+
+class AudioLM(nn.Module):
+    """The released model's three parts under their released names: audio_encoder, audio_projector, decoder.
+
+    `compute_dtype`: autocast dtype of the blocks (None: none); front end, BatchNorm statistics and loss stay float32.
+    """
+
+    def __init__(self, encoder: EncoderShape, decoder_architecture: str, decoder_fields: Mapping[str, Any]) -> None:
+        super().__init__()
+        self.audio_encoder = DashengEncoder(encoder)
+        self.decoder = Decoder(decoder_architecture, decoder_fields)
+        self.audio_projector = AudioProjector(encoder.dim, self.decoder.config.hidden_size)
+        self.compute_dtype: torch.dtype | None = None
+
+    def train(self, mode: bool = True) -> AudioLM:
+        """Training mode only for what learns: a frozen module stays in eval(), inside or outside a trained one.
+
+        LoRA's dropout has no parameters of its own; it follows the adapter it belongs to.
+        """
+        super().train(mode)
+        if mode:
+            for name, module in self.named_modules():
+                if "lora_" not in name and not any(p.requires_grad for p in module.parameters()):
+                    module.eval()
+        return self
+
+    def encode(self, audio_L: Float[Tensor, " L"], clips: Sequence[int]) -> Float[Tensor, "K D"]:
+        """Audio tokens of all clips end to end, frames.audio_tokens(n) for a clip of n samples."""
+        return self.audio_projector(self.audio_encoder(audio_L, clips), [frames.frames(n) for n in clips])
+
+    def place(self, pack: Pack) -> Float[Tensor, "T D"]:
+        """Decoder inputs: text embeddings, with the audio tokens at the audio slots."""
+        slots, tokens = int(pack.is_audio_T.sum()), sum(frames.audio_tokens(n) for n in pack.clips)
+        assert slots == tokens, f"{slots} audio slots but {tokens} audio tokens in the pack of {', '.join(pack.keys)}"
+        # <|AUDIO|> itself is never embedded: its row would be looked up for nothing and may not exist
+        embeds_TD = self.decoder.embed(pack.ids_T.masked_fill(pack.is_audio_T, 0))
+        if pack.clips:
+            tokens_KD = self.encode(pack.audio_L, pack.clips)
+            return embeds_TD.masked_scatter(pack.is_audio_T[:, None], tokens_KD.to(embeds_TD.dtype))
+        if torch.is_grad_enabled():
+            # a rank whose pack holds no audio must still take part in the gradient's all-reduce
+            silence = torch.zeros(frames.MIN_SAMPLES, device=embeds_TD.device)
+            embeds_TD = embeds_TD + 0.0 * self.encode(silence, [len(silence)]).sum()
+        return embeds_TD
+
+    def hidden(self, pack: Pack) -> Float[Tensor, "T D"]:
+        """Decoder states of every slot, before the head."""
+        device = pack.ids_T.device.type
+        with torch.autocast(device, dtype=self.compute_dtype, enabled=self.compute_dtype is not None):
+            return self.decoder(self.place(pack), pack.position_T, pack.segments)
+
+    def forward(self, pack: Pack) -> Float[Tensor, " S"]:
+        """Summed cross-entropy of each segment of the pack, float32; logits are made only where a label stands."""
+        hidden_TD = self.hidden(pack)
+        at_N = (pack.labels_T != NO_TARGET).nonzero()[:, 0]
+        device = hidden_TD.device
+        with torch.autocast(device.type, dtype=self.compute_dtype, enabled=self.compute_dtype is not None):
+            logits_NV = self.decoder.logits(hidden_TD[at_N])
+        losses_N = F.cross_entropy(logits_NV.float(), pack.labels_T[at_N], reduction="none")
+        number_T = torch.repeat_interleave(
+            torch.arange(len(pack.segments), device=device),
+            torch.tensor(pack.segments, device=device), output_size=len(pack.ids_T),
+        )  # fmt: skip
+        # hidden_TD[:0].sum() keeps a pack without any target attached to the graph
+        zeros_S = torch.zeros(len(pack.segments), device=device) + hidden_TD[:0].float().sum()
+        return zeros_S.index_add(0, number_T[at_N], losses_N)
+
+    @torch.no_grad()
+    def generate(
+        self, ids_T: Int[Tensor, " T"], is_audio_T: Tensor, clips: Sequence[Tensor], stop: int, limit: int
+    ) -> list[int]:
+        """Greedy continuation of one conversation: at most `limit` ids, without the final `stop`."""
+        self.eval()
+        device = ids_T.device
+        audio = torch.cat(list(clips)) if clips else torch.zeros(0)
+        lengths = tuple(len(clip) for clip in clips)
+        embeds_TD = self.place(
+            Pack(ids_T, ids_T, ids_T, is_audio_T, audio.to(device), (len(ids_T),), lengths, ("prompt",), ("",), ("",), 0)
+        )
+        answer: list[int] = []
+        while len(answer) < limit:
+            position_T = torch.arange(len(embeds_TD), device=device)
+            hidden_TD = self.decoder(embeds_TD, position_T, (len(embeds_TD),))
+            best = int(self.decoder.logits(hidden_TD[-1:]).argmax())
+            if best == stop:
+                break
+            answer.append(best)
+            embeds_TD = torch.cat([embeds_TD, self.decoder.embed(torch.tensor([best], device=device))])
+        return answer

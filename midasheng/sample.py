@@ -1,0 +1,115 @@
+"""Turn, Sample and Pack: the contract between the data rooms and the model, and the legend of shape letters.
+
+Shape letters at the end of a tensor's name:
+  T  slots of a pack (text or audio)      S  segments of a pack (conversations, and one dummy tail)
+  L  audio samples of a pack, end to end  C  clips of a pack
+  F  encoder frames (25 Hz)               K  audio tokens (5 Hz)
+  M  mel frames (100 Hz)                  N  targets (slots whose label counts)
+  E  encoder width                        D  decoder width                        V  vocabulary
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+NO_TARGET = -100  # label of a slot without loss
+
+
+def unit_hash(text: str) -> float:
+    """A number in [0, 1) that depends on `text` alone; splits by it are the same on every machine."""
+    return int.from_bytes(hashlib.sha256(text.encode("utf-8")).digest()[:8], "big") / 2**64
+
+
+def counter_seed(*parts: object) -> int:
+    """A 64-bit seed from a purpose and counters, e.g. `counter_seed(seed, "dropout", step, pack)`.
+
+    All randomness is keyed like this, so no generator state is ever saved (design: exact resume).
+    """
+    return int.from_bytes(hashlib.sha256(repr(parts).encode("utf-8")).digest()[:8], "big")
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One turn of a conversation. `clips` audio clips stand before its text (after it where `text_first`)."""
+
+    role: str  # "system", "user" or "assistant"
+    text: str
+    clips: int = 0
+    text_first: bool = False
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One conversation, tokenised, with its clips.
+
+    `ids` int64 (slots,); `labels` int64 (slots,): the id that a slot must predict, i.e. already shifted by one, or
+    NO_TARGET; `is_audio` bool (slots,); `clips`: float32 (n_samples,) each, 16 kHz mono.
+    """
+
+    corpus: str
+    key: str
+    task: str
+    ids: np.ndarray
+    labels: np.ndarray
+    is_audio: np.ndarray
+    clips: tuple[np.ndarray, ...]
+
+
+@dataclass(frozen=True)
+class Pack:
+    """One row of fixed shape: whole conversations end to end, and a dummy segment without loss where slots are left.
+
+    ids_T int64; labels_T int64 (already shifted; NO_TARGET where nothing counts); position_T int64, restarting in each
+    segment; is_audio_T bool; audio_L float32, the clips end to end. `segments` and `clips` are lengths (host integers),
+    in slots and in samples. `keys`, `corpora`, `tasks` name the real segments, so they may be one shorter than
+    `segments`. `targets` counts the labels that are really there (samples may have been skipped).
+    """
+
+    ids_T: Tensor
+    labels_T: Tensor
+    position_T: Tensor
+    is_audio_T: Tensor
+    audio_L: Tensor
+    segments: tuple[int, ...]
+    clips: tuple[int, ...]
+    keys: tuple[str, ...]
+    corpora: tuple[str, ...]
+    tasks: tuple[str, ...]
+    targets: int
+
+    def to(self, *args: Any, **kwargs: Any) -> Pack:
+        """The same pack with its tensors moved, as `torch.Tensor.to`."""
+        moved = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.to(*args, **kwargs) for k, v in moved.items() if isinstance(v, Tensor)})
+
+
+def pack(samples: list[Sample], pack_slots: int, pad_id: int) -> Pack:
+    """Lay samples end to end in a row of `pack_slots` slots. Raises AssertionError when they do not fit."""
+    lengths = [len(s.ids) for s in samples]
+    tail = pack_slots - sum(lengths)
+    assert tail >= 0, f"{sum(lengths)} slots planned into a pack of {pack_slots}"
+    segments = lengths + ([tail] if tail else [])
+    empty = [np.zeros(0, dtype=np.int64)]
+    ids = np.concatenate([*(s.ids for s in samples), np.full(tail, pad_id, dtype=np.int64)])
+    labels = np.concatenate([*(s.labels for s in samples), np.full(tail, NO_TARGET, dtype=np.int64)])
+    is_audio = np.concatenate([*(s.is_audio for s in samples), np.zeros(tail, dtype=bool)])
+    clips = [clip for s in samples for clip in s.clips]
+    return Pack(
+        ids_T=torch.from_numpy(ids),
+        labels_T=torch.from_numpy(labels),
+        position_T=torch.from_numpy(np.concatenate([np.arange(n) for n in segments] or empty)),
+        is_audio_T=torch.from_numpy(is_audio),
+        audio_L=torch.from_numpy(np.concatenate(clips or [np.zeros(0, dtype=np.float32)])),
+        segments=tuple(segments),
+        clips=tuple(len(clip) for clip in clips),
+        keys=tuple(s.key for s in samples),
+        corpora=tuple(s.corpus for s in samples),
+        tasks=tuple(s.task for s in samples),
+        targets=int((labels != NO_TARGET).sum()),
+    )

@@ -1,0 +1,1 @@
+"""Loss, optimizer, Lightning module and the one `fit(stage)`; the curves."""

@@ -1,0 +1,420 @@
+"""The one way to run a stage: check everything, then write, train, hand off."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import yaml
+from lightning.pytorch.loggers import TensorBoardLogger
+from tqdm import tqdm
+
+from midasheng import __version__, config, frames
+from midasheng.config import ConfigError, Loaded, Stage, UserError
+from midasheng.data.chat import Chat
+from midasheng.data.index import CorpusIndex, index_corpus
+from midasheng.data.ledger import Ledger, Skipped
+from midasheng.data.loader import first_clips, held_out_packs, train_loader
+from midasheng.data.manifest import Mix, read_mix
+from midasheng.data.plan import Budget, Planner, budget, steps_of
+from midasheng.model import adapt, weights
+from midasheng.model.attention import verify
+from midasheng.model.audio_lm import AudioLM
+from midasheng.model.encoder import EncoderShape
+from midasheng.sample import counter_seed
+from midasheng.train.module import Course, StageModule, Stopped
+
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns on every machine without its optional 4-bit kernels
+CALIBRATION_CLIPS = 1_000
+MAKE_TARGET = {"stage1_align": "make stage1", "stage2_pretrain": "make stage2", "text_decoder": "make data"}
+
+
+# -- what is asked for ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Order:
+    """One stage to run, as asked for on the command line."""
+
+    loaded: Loaded
+    runs: Path
+    scale: str
+    name: str
+    start_from: str  # run name instead of the stage's own in `start: [{from: STAGE}]`; "" for the stage's own
+    fresh: bool
+
+    @property
+    def stage(self) -> Stage:
+        """The config."""
+        return self.loaded.stage
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.runs / self.scale / self.name
+
+
+def command_line(default: str, argv: Sequence[str] | None = None) -> Order:
+    """Read a stage's command line; `default` is its config file. Raises ConfigError."""
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--scale", default="mini")
+    parser.add_argument("--config", default=default)
+    parser.add_argument("--name", default="")
+    parser.add_argument("--from", dest="start_from", default="")
+    parser.add_argument("--runs", default="runs")
+    parser.add_argument("--fresh", action="store_true")
+    parser.add_argument("settings", nargs="*", metavar="key=value")
+    a = parser.parse_args(argv)
+    path = Path(a.config or default)
+    loaded = config.load(path, a.scale, a.settings)
+    return Order(loaded, Path(a.runs), a.scale, a.name or path.stem, a.start_from, a.fresh)
+
+
+def require(good: bool, message: str) -> None:
+    """A stage's contract. Raises ConfigError."""
+    if not good:
+        raise ConfigError(message)
+
+
+def trains(stage: Stage, part: str) -> bool:
+    """Does the stage train tensors of this part (audio_encoder, audio_projector, decoder) themselves, not by LoRA?"""
+    return any(glob.split(".")[0] in (part, "*") for glob in stage.train)
+
+
+def run_stage(default: str, contract: Callable[[Stage], None], argv: Sequence[str] | None = None) -> int:
+    """A stage's whole main: mistakes of the user end in one clear line and exit status 2, a stop in 130."""
+    try:
+        order = command_line(default, argv)
+        contract(order.stage)
+        fit(order)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except Stopped:
+        if is_first():
+            print(f"stopped; {order.folder}/checkpoints/last.ckpt holds everything: the same command goes on from there")
+        return 130
+    return 0
+
+
+# -- checks before anything is written ----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DataRoom:
+    """All that is known of the data before a model exists."""
+
+    mix: Mix
+    chat: Chat
+    corpora: tuple[CorpusIndex, ...]
+    budget: Budget
+    course: Course
+
+    def planner(self, seed: int) -> Planner:
+        """A planner at step 0."""
+        return Planner(self.corpora, self.mix.percent, self.budget, seed)
+
+
+def read_data(stage: Stage) -> DataRoom:
+    """Read mix, cards, shards and tokenizer. Raises UserError."""
+    mix = read_mix(stage.data.mix, Path(stage.data.manifests))
+    t, b = stage.tokenizer, stage.batch
+    chat = Chat(t.path, t.audio_bos, t.audio, t.audio_eos)
+    corpora = tuple(index_corpus(card, Path(stage.data.root), chat, stage.data.max_audio_s) for card in mix.cards)
+    shape = budget(
+        corpora, mix.percent, kind=b.kind, clips_per_step=b.clips_per_step, packs_per_step=b.packs_per_step,
+        pack_slots=b.pack_slots, pack_frames=b.pack_frames,
+    )  # fmt: skip
+
+    def planner() -> Planner:
+        return Planner(corpora, mix.percent, shape, stage.run.seed)
+
+    course = Course(
+        steps_of(stage.run.length, "run.length", planner()), steps_of(stage.run.warmup, "run.warmup", planner())
+    )
+    if course.warmup >= course.steps:
+        raise ConfigError(f"run.warmup: {course.warmup} steps of warm-up in a run of {course.steps}; lower run.warmup")
+    return DataRoom(mix, chat, corpora, shape, course)
+
+
+def open_starts(order: Order) -> list[weights.Start]:
+    """Open and check every source of `start`. Raises UserError."""
+    starts = []
+    for entry in order.stage.start:
+        origin, take = str(entry["from"]), tuple(str(t) for t in entry["take"])
+        is_stage = "/" not in origin and not origin.endswith(".pt") and not Path(origin).is_dir()
+        if is_stage:
+            folder = order.runs / order.scale / (order.start_from or origin)
+            if not folder.is_dir():
+                first = MAKE_TARGET.get(origin, f"the stage {origin}")
+                raise weights.WeightsError(f"start: there is no run {folder}; run `{first}` first, or say FROM=NAME")
+            source = weights.open_source(str(folder))
+            weights.check_stage(source, origin)
+        else:
+            if not Path(origin).exists() and "text_decoder" in origin:
+                raise weights.WeightsError(f"start: {origin} does not exist; run `make data` first")
+            source = weights.open_source(origin)
+        weights.check_learned(source, take)
+        starts.append(weights.Start(source, take))
+    if order.start_from and not any("/" not in str(e["from"]) for e in order.stage.start):
+        raise ConfigError(f"FROM={order.start_from}: this stage starts from no other stage")
+    return starts
+
+
+def build(order: Order, starts: Sequence[weights.Start]) -> tuple[AudioLM, str, adapt.LoraPlan | None]:
+    """The model with its start weights, LoRA and precision, and the text that says what came from where and what
+    learns. Raises UserError."""
+    stage = order.stage
+    e, d = stage.model.encoder, stage.model.decoder
+    torch.manual_seed(counter_seed(stage.run.seed, "fresh", stage.name) % 2**63)
+    model = AudioLM(EncoderShape(e.dim, e.depth, e.heads), d.architecture, d.fields)
+    origins = weights.load(model, starts, stage.fresh, merge_lora=stage.lora.inherit == "merge")
+    adapt.freeze_all_but(model, stage.train)
+    plan, adapted = None, {}
+    if stage.lora.targets:
+        plan = adapt.LoraPlan(tuple(stage.lora.targets), stage.lora.rank, stage.lora.alpha, stage.lora.dropout)
+        adapted = adapt.add_lora(model, plan, counter_seed(stage.run.seed, "lora", stage.name) % 2**63)
+    carried = 0
+    if stage.lora.inherit == "carry":
+        whole = [s for s in starts if adapt.matches("decoder.model.layers.0.self_attn.q_proj.weight", s.take)]
+        carried = sum(weights.carry_lora(model, s.source, plan) for s in whole)
+    adapt.set_precision(model, stage.run.precision)
+    table = adapt.learns(model, stage.train, adapted, stage.lora.rank).table()
+    lines = [f"{'origin':34}{'part':>18}{'tensors':>8}"] + [f"{o:34}{p:>18}{n:8}" for o, p, n in origins]
+    if carried:
+        lines.append(f"LoRA of {carried} layers carried over, the others fresh")
+    return model, "\n".join(lines) + "\n\n" + table + "\n", plan
+
+
+def is_first() -> bool:
+    """Is this the process that writes? Lightning starts the others with LOCAL_RANK set."""
+    return int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("NODE_RANK", "0")) == 0
+
+
+def check_run_folder(order: Order, parents: list[dict[str, Any]]) -> str:
+    """"new", "unfinished" or "finished". Raises ConfigError when the folder holds a run with other settings."""
+    folder = order.folder
+    if not (folder / "config.yaml").is_file():
+        return "new"
+    before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    now = config.binding(order.stage)
+    for name in sorted(set(now) | (set(before) & set(config.schema()) - free_keys())):
+        if before.get(name) != now.get(name):
+            raise ConfigError(
+                f"{folder} holds a run with {name} = {json.dumps(before.get(name))}, this one has "
+                f"{json.dumps(now.get(name))}; keep both with NAME=..., or write over it with FRESH=1"
+            )
+    saved = json.loads((folder / "parents.json").read_text(encoding="utf-8"))
+    for old, new in zip(saved, parents, strict=True):
+        if old != new:
+            raise ConfigError(
+                f"{folder} was started from {old['from']} when its weights were others (they have been trained again "
+                "since); train this stage again with FRESH=1, or keep both with NAME=..."
+            )
+    return "finished" if (folder / "weights" / "stage.json").is_file() else "unfinished"
+
+
+def free_keys() -> set[str]:
+    """Config keys that may differ between a run and its resume."""
+    return {name for name, item in config.schema().items() if item.metadata["free"]}
+
+
+def parents_of(order: Order, starts: Sequence[weights.Start]) -> list[dict[str, Any]]:
+    """What the run starts from, for stage.json."""
+    return [
+        {
+            "from": s.source.where, "take": list(s.take), "stage": s.source.record.get("stage"),
+            "sha256": s.source.record.get("sha256") or {},
+        }
+        for s in starts
+    ]  # fmt: skip
+
+
+# -- running --------------------------------------------------------------------------------------------------------------
+
+
+class StopRequest:
+    """Ctrl-C or SIGTERM asks for a stop between steps; a second one ends the process at once."""
+
+    requested = False
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Take the signals for the duration."""
+        before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _on_signal(self, number: int, _: object) -> None:
+        if is_first():
+            print("\nstopping after this step (again: at once, losing what came after the last checkpoint)", flush=True)
+        self.requested = True
+        signal.signal(number, signal.SIG_DFL)
+
+
+class ProgressLine(L.Callback):
+    """One line: steps, loss of the last row, validation loss."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin at the step of a resume."""
+        module = _stage_module(pl_module)
+        self.bar = tqdm(
+            total=module.course.steps, initial=module.done, desc=module.stage.name, unit="step", mininterval=1.0,
+            disable=not trainer.is_global_zero, dynamic_ncols=True,
+        )  # fmt: skip
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """One step on."""
+        module = _stage_module(pl_module)
+        self.bar.set_postfix({k: f"{v:.3f}" for k, v in module.shown.items()}, refresh=False)
+        self.bar.update(module.done - self.bar.n)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave the line as it is, also after a stop."""
+        if hasattr(self, "bar"):
+            self.bar.close()
+
+
+def _stage_module(module: L.LightningModule) -> StageModule:
+    assert isinstance(module, StageModule)
+    return module
+
+
+def git_commit() -> str:
+    """The commit of the code, with + when it was changed; "unknown" outside a checkout."""
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty=+", "--abbrev=12", "--exclude=*"],
+            capture_output=True, text=True, check=True, cwd=Path(__file__).parent,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+    return described.stdout.strip()
+
+
+def header(order: Order, data: DataRoom, difference: float) -> str:
+    """What this run is, for the terminal and the run folder."""
+    b, stage = data.budget, order.stage
+    lines = [f"{stage.name} at {order.scale} -> {order.folder}", *data.mix.notes]
+    for corpus, percent in zip(data.corpora, data.mix.percent, strict=True):
+        left_out = ", ".join(f"{n} {reason}" for reason, n in corpus.reasons().items()) or "none"
+        hours = sum(frames.seconds(r.n_samples) for r in corpus.train) / 3600
+        lines.append(
+            f"  {corpus.card.name:24}{percent:6.1f} %{len(corpus.train):8} records{hours:8.2f} h"
+            f"{len(corpus.held_out):6} held out; left out: {left_out}"
+        )
+    lines.append(
+        f"  {data.course.steps} steps ({data.course.warmup} of warm-up), {b.packs_per_step} packs a step of "
+        f"{b.pack_slots} slots and {b.pack_frames} frames; {stage.optim.name}, lr {stage.optim.lr:g}, "
+        f"{stage.run.precision}"
+    )
+    lines.append(f"  attention: sdpa per segment, verified against a dense mask (largest difference {difference:.0e})")
+    return "\n".join(lines) + "\n"
+
+
+def fit(order: Order) -> None:
+    """Run one stage to its end or to a stop. Nothing is written before every check has passed.
+
+    Raises UserError for mistakes of the user, Stopped after Ctrl-C (a checkpoint is there then).
+    """
+    stage, folder, first = order.stage, order.folder, is_first()
+    if stage.hardware.threads:
+        torch.set_num_threads(stage.hardware.threads)
+    data = read_data(stage)
+    starts = open_starts(order)
+    parents = parents_of(order, starts)
+    state = "new" if order.fresh else check_run_folder(order, parents)
+    if state == "finished":
+        print(f"{folder} is finished (NAME=... for another run, FRESH=1 to train it again)")
+        return
+    model, table, plan = build(order, starts)
+    text = header(order, data, verify()) + "\n" + table
+    if first:
+        print(text)
+        if order.fresh:
+            shutil.rmtree(folder, ignore_errors=True)
+        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(order.loaded.yaml(), encoding="utf-8")
+        (folder / "trainable.txt").write_text(text, encoding="utf-8")
+        (folder / "parents.json").write_text(json.dumps(parents, indent=2) + "\n", encoding="utf-8")
+    train(order, data, model, plan, parents)
+
+
+def train(
+    order: Order, data: DataRoom, model: AudioLM, plan: adapt.LoraPlan | None, parents: list[dict[str, Any]]
+) -> None:
+    """Train from step 0 or from the checkpoint, then write weights/."""
+    stage, folder, hardware = order.stage, order.folder, order.stage.hardware
+    resume = folder / "checkpoints" / "last.ckpt"
+    saved = torch.load(resume, map_location="cpu", weights_only=True)["midasheng"] if resume.is_file() else None
+    planner = data.planner(stage.run.seed)
+    if saved:
+        planner.restore(saved["plan"])
+    elif calibrates(stage, data.corpora):
+        clips = first_clips(data.planner(stage.run.seed), CALIBRATION_CLIPS)
+        model.audio_encoder.init_bn.calibrate(model.audio_encoder.log_mel(torch.from_numpy(c)) for c in clips)
+    stop = StopRequest()
+    module = StageModule(
+        model, stage, data.course, [c.card.name for c in data.corpora],
+        held_out_packs(data.corpora, data.chat, data.budget, stage.data.val_clips), folder,
+        weights.part_digests(adapt.base_state(model)), stop,
+    )  # fmt: skip
+    trainer = L.Trainer(
+        accelerator=hardware.accelerator, devices=hardware.devices, num_nodes=hardware.nodes,
+        strategy="ddp" if hardware.devices * hardware.nodes > 1 else "auto",
+        max_epochs=1, use_distributed_sampler=False, precision="32-true", limit_val_batches=0, num_sanity_val_steps=0,
+        enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
+        callbacks=[ProgressLine()] if stage.log.progress else [],
+        logger=TensorBoardLogger(folder, name="", version="tensorboard"),
+    )  # fmt: skip
+    steps_done = saved["step"] if saved else 0
+    module.ledger = Ledger(folder, trainer.global_rank, steps_done)
+    for corpus in data.corpora:
+        left_out = [Skipped(corpus.card.name, key, reason) for key, reason in corpus.skipped]
+        module.ledger.indexed(corpus.card.name, len(corpus.train), left_out, write=trainer.global_rank == 0 and not saved)
+    if saved and is_first():
+        print(f"resuming at step {steps_done} of {data.course.steps}")
+    if steps_done < data.course.steps:
+        loader = train_loader(
+            planner, data.chat, data.budget, data.course.steps, rank=trainer.global_rank, world=trainer.world_size,
+            workers=hardware.workers,
+        )  # fmt: skip
+        with stop.listening():
+            trainer.fit(module, loader, ckpt_path=resume if saved else None, weights_only=True)
+    else:  # trained to the end, then killed before the hand-off
+        module.load_state_dict(torch.load(resume, map_location="cpu", weights_only=True)["state_dict"])
+        module.done, module.start_digests = steps_done, saved["start_digests"]
+    if trainer.is_global_zero:
+        record = {
+            "stage": stage.name, "name": order.name, "scale": order.scale, "steps": module.done, "parents": parents,
+            "git_commit": git_commit(), "config_hash": config.fingerprint(stage), "midasheng": __version__,
+            "torch": str(torch.__version__), "trained": list(stage.train), "lora": list(stage.lora.targets),
+            "tokenizer": data.chat.fingerprint(), "skipped": module.ledger.summary(),
+        }  # fmt: skip
+        weights.hand_off(
+            model, folder / "weights", record, plan, start_digests=module.start_digests,
+            audio_token_id=data.chat.audio, save_tokenizer=data.chat.save,
+        )  # fmt: skip
+        print(f"{stage.name}: {module.done} steps; weights in {folder / 'weights'}; skipped: {module.ledger.summary()}")
+
+
+def calibrates(stage: Stage, corpora: Sequence[CorpusIndex]) -> bool:
+    """A fresh encoder that will hear audio needs one pass for the statistics of init_bn; a loaded one brings them."""
+    fresh = adapt.matches("audio_encoder.init_bn.running_mean", stage.fresh)
+    return fresh and any(c.card.audio for c in corpora)

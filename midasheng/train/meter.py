@@ -1,0 +1,73 @@
+"""Sums since the last row of metrics.jsonl, over all ranks; and the file itself."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from midasheng import frames
+from midasheng.data.ledger import drop_after
+from midasheng.sample import Pack
+
+Reduce = Callable[[Tensor], Tensor]  # sum over ranks
+
+
+class Meter:
+    """Loss sum and targets of each corpus, seconds of audio, slots and frames (real ones, no padding), since the last
+    row. One float64 vector, so a row costs one reduction and one read."""
+
+    def __init__(self, corpora: Sequence[str]) -> None:
+        self.corpora = tuple(corpora)
+        self.sums = torch.zeros(2 * len(self.corpora) + 3, dtype=torch.float64)
+
+    def add(self, pack: Pack, loss_S: Tensor) -> None:
+        """One trained pack and the loss of its segments, shape (S,)."""
+        n = len(self.corpora)
+        if pack.keys:
+            where = torch.tensor([self.corpora.index(c) for c in pack.corpora])
+            targets = torch.stack([(labels != -100).sum() for labels in pack.labels_T.cpu().split(pack.segments)])
+            self.sums.index_add_(0, where, loss_S.detach().cpu().double()[: len(where)])
+            self.sums.index_add_(0, n + where, targets.double()[: len(where)])
+        audio_s = sum(frames.seconds(c) for c in pack.clips)
+        slots = sum(pack.segments[: len(pack.keys)])
+        self.sums[2 * n :] += torch.tensor([audio_s, slots, sum(frames.frames(c) for c in pack.clips)])
+
+    def row(self, reduce: Reduce) -> dict[str, Any]:
+        """The sums over all ranks as a row; starts again from zero."""
+        n = len(self.corpora)
+        sums = reduce(self.sums).tolist()
+        self.sums = torch.zeros_like(self.sums)
+        targets = sum(sums[n : 2 * n])
+        return {
+            "loss": sum(sums[:n]) / max(targets, 1),
+            "targets": int(targets),
+            "audio_s": round(sums[2 * n], 3),
+            "slots": int(sums[2 * n + 1]),
+            "frames": int(sums[2 * n + 2]),
+            "corpora": {c: {"loss_sum": sums[i], "targets": int(sums[n + i])} for i, c in enumerate(self.corpora)},
+        }
+
+
+class MetricsFile:
+    """metrics.jsonl: rows of training (`loss`) and of validation (`val_loss`); `step` counts finished steps."""
+
+    def __init__(self, path: Path, steps_done: int, *, write: bool) -> None:
+        self.path, self.write = path, write
+        if write:
+            drop_after(path, steps_done + 1)
+
+    def add(self, row: dict[str, Any]) -> None:
+        """Append one row."""
+        if self.write:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Rows of a metrics.jsonl."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]

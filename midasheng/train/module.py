@@ -1,0 +1,201 @@
+"""The one LightningModule: a batch is a rank's packs of one step; manual optimisation over them."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from midasheng.config import Stage
+from midasheng.data.ledger import Ledger
+from midasheng.data.loader import StepBatch
+from midasheng.model.audio_lm import AudioLM
+from midasheng.sample import Pack, counter_seed
+from midasheng.train.meter import Meter, MetricsFile
+from midasheng.train.optim import clip, learning_rate, optimizer
+
+
+class Stopped(Exception):
+    """Raised between steps after a checkpoint was written because the user asked for a stop."""
+
+
+class NotFinite(RuntimeError):
+    """Loss or gradient is NaN or infinite; the message names the samples of the step."""
+
+
+@dataclass(frozen=True)
+class Course:
+    """How long a run is: steps in all, and of warm-up."""
+
+    steps: int
+    warmup: int
+
+
+class StageModule(L.LightningModule):
+    """Trains AudioLM for one stage. `done` counts finished steps; it, the plan's state and the sums since the last
+    row travel in the checkpoint. Lightning's own loop counters do not: a resume is a new fit whose loader begins at
+    step `done`, so none of Lightning's restart rules can repeat or skip a batch."""
+
+    def __init__(
+        self, model: AudioLM, stage: Stage, course: Course, corpora: Sequence[str], val_packs: Sequence[Pack], run: Path,
+        start_digests: dict[str, str], stop: Any,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.automatic_optimization = False
+        self.model = model
+        self.stage, self.course, self.run = stage, course, run
+        self.val_packs, self.start_digests, self.stop = val_packs, start_digests, stop
+        self.meter = Meter(corpora)
+        self.done = 0
+        self.plan_state: dict[str, Any] = {}
+        self.shown: dict[str, float] = {}  # for the progress line
+        self.ledger: Ledger | None = None
+
+    # -- Lightning's hooks ------------------------------------------------------------------------------------------
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """AdamW over what learns."""
+        return optimizer(self.model.named_parameters(), self.stage.optim)
+
+    def on_train_start(self) -> None:
+        """Open the files; validate at step 0."""
+        rank = self.trainer.global_rank
+        self.metrics = MetricsFile(self.run / "metrics.jsonl", self.done, write=rank == 0)
+        assert self.ledger is not None
+        self.model.train()
+        if self.done == 0:
+            self._validate()
+
+    def training_step(self, batch: StepBatch, batch_idx: int) -> None:
+        """One optimizer step over this rank's packs. The loss is the sum of token losses over the targets of the whole
+        global step: actual counts, reduced before the first backward."""
+        assert batch.step == self.done, f"step {self.done} expected, the loader brought {batch.step}"
+        counts = torch.tensor([sum(p.targets for p in batch.packs), float(self.stop.requested)], dtype=torch.float64)
+        targets, stop = self._sum_over_ranks(counts).tolist()
+        world = self.trainer.world_size
+        adam = self.optimizers()
+        rate = learning_rate(self.done, self.course.steps, self.course.warmup, self.stage.optim.final_lr)
+        for group in adam.param_groups:
+            group["lr"] = group["peak_lr"] * rate
+        adam.zero_grad()
+        step_loss = 0.0
+        for number, pack in zip(batch.numbers, batch.packs, strict=True):
+            torch.manual_seed(counter_seed(self.stage.run.seed, "dropout", self.stage.name, batch.step, number))
+            with self._gradients_stay_here(unless=number == batch.numbers[-1]):
+                loss_S = self.model(pack)
+                # DDP takes the mean over ranks: x world makes it the sum
+                self.manual_backward(loss_S.sum() * (world / max(targets, 1.0)))
+            self.meter.add(pack, loss_S)
+            step_loss += float(loss_S.detach().sum())
+        norm = float(clip(self.model.parameters(), self.stage.optim.clip_norm))
+        if not math.isfinite(norm) or not math.isfinite(step_loss):
+            self._not_finite(batch, norm)
+        adam.step()
+        self.done, self.plan_state = batch.step + 1, batch.state_after
+        self._after_step(batch, norm, self.stage.optim.lr * rate, bool(stop))
+
+    # -- inside a step ----------------------------------------------------------------------------------------------
+
+    def _gradients_stay_here(self, *, unless: bool) -> contextlib.AbstractContextManager[None]:
+        """DDP reduces gradients only with the last pack of a step."""
+        wrapper = self.trainer.strategy.model
+        if unless or not isinstance(wrapper, DistributedDataParallel):
+            return contextlib.nullcontext()
+        return wrapper.no_sync()
+
+    def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        if self.trainer.world_size == 1:
+            return tensor
+        moved = tensor.to(self.device)
+        torch.distributed.all_reduce(moved)
+        return moved.cpu()
+
+    def _not_finite(self, batch: StepBatch, norm: float) -> None:
+        """Say which samples; the step is not taken."""
+        suspects = []
+        for pack in batch.packs:
+            with torch.no_grad():
+                loss_S = self.model(pack)
+            finite = loss_S.isfinite().tolist()
+            suspects += [k for k, good in zip(pack.keys, finite, strict=False) if not good]
+        keys = suspects or [k for p in batch.packs for k in p.keys]
+        raise NotFinite(
+            f"step {batch.step}: gradient norm {norm}, loss not finite for {', '.join(keys[:8])}"
+            + ("" if suspects else " (loss is finite for each sample alone; one of these)")
+        )
+
+    def _after_step(self, batch: StepBatch, norm: float, lr: float, stop: bool) -> None:
+        """Files, validation, checkpoint, stop: all between steps."""
+        assert self.ledger is not None
+        trained = [(c, k) for p in batch.packs for c, k in zip(p.corpora, p.keys, strict=True)]
+        self.ledger.step(batch.step, trained, batch.skipped)
+        last = self.done == self.course.steps
+        log = self.stage.log
+        if self.done % log.every == 0 or last:
+            row = self.meter.row(self._sum_over_ranks)
+            self.metrics.add({"step": self.done, "loss": row["loss"], "lr": lr, "grad_norm": norm, **row})
+            self._log({"train/loss": row["loss"], "train/lr": lr, "train/grad_norm": norm})
+        if self.done % log.val_every == 0 or last:
+            self._validate()
+        if self.done % log.checkpoint_every == 0 or last or stop:
+            self.save()
+        if stop and not last:
+            raise Stopped
+
+    def _log(self, values: dict[str, float]) -> None:
+        for logger in self.loggers:
+            logger.log_metrics(values, step=self.done)
+        self.shown |= {k.split("/")[1]: v for k, v in values.items() if k.endswith("loss")}
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        """Loss on the held-out packs, split over ranks; per corpus sums and counts."""
+        if not self.val_packs:
+            return
+        self.model.eval()
+        meter = Meter(self.meter.corpora)
+        for pack in self.val_packs[self.trainer.global_rank :: self.trainer.world_size]:
+            moved = pack.to(self.device)
+            meter.add(moved, self.model(moved))
+        row = meter.row(self._sum_over_ranks)
+        self.model.train()
+        self.metrics.add({"step": self.done, "val_loss": row["loss"], "targets": row["targets"], "corpora": row["corpora"]})
+        self._log({"val/val_loss": row["loss"]})
+
+    # -- checkpoints ------------------------------------------------------------------------------------------------
+
+    @property
+    def checkpoint(self) -> Path:
+        """Where a run resumes from."""
+        return self.run / "checkpoints" / "last.ckpt"
+
+    def save(self) -> None:
+        """Write checkpoints/last.ckpt; a kill while writing leaves the former one whole."""
+        part = self.checkpoint.with_suffix(".part")
+        self.trainer.save_checkpoint(part)
+        if self.trainer.global_rank == 0:
+            os.replace(part, self.checkpoint)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Our own state beside Lightning's."""
+        checkpoint["midasheng"] = {
+            "step": self.done, "plan": self.plan_state, "sums": self._sum_over_ranks(self.meter.sums),
+            "start_digests": self.start_digests,
+        }  # fmt: skip
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take back our own state, and none of Lightning's loop counters."""
+        own = checkpoint["midasheng"]
+        self.done, self.plan_state, self.start_digests = own["step"], own["plan"], own["start_digests"]
+        first = self.trainer.global_rank == 0  # the sums were reduced: one rank carries them on
+        self.meter.sums = own["sums"].clone() if first else torch.zeros_like(own["sums"])
+        checkpoint.pop("loops", None)

@@ -1,0 +1,62 @@
+"""AdamW in 8 bit or not, its parameter groups, and the learning rate as a pure function of the step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from fnmatch import fnmatchcase
+
+import torch
+from torch import nn
+
+from midasheng.config import ConfigError, Optim
+
+
+def learning_rate(step: int, steps: int, warmup: int, final: float) -> float:
+    """Factor on the peak rate at `step` (from 0): linear from 0, peak at the end of warm-up, cosine to `final` at the
+    last step (report section 4). Nothing to save, so a resume cannot warm up again."""
+    if step < warmup:
+        return (step + 1) / warmup
+    progress = (step - warmup) / max(1, steps - 1 - warmup)
+    return final + (1 - final) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def without_decay(name: str, parameter: nn.Parameter) -> bool:
+    """Norms, biases and position embeddings are not decayed (Dasheng's no_weight_decay, and the usual rule)."""
+    return parameter.ndim < 2 or name.endswith("pos_embed")
+
+
+def groups(named: Iterable[tuple[str, nn.Parameter]], optim: Optim) -> list[dict[str, object]]:
+    """Parameter groups with keys params, weight_decay, peak_lr. Raises ConfigError for a glob that matches nothing."""
+    trained = [(n, p) for n, p in named if p.requires_grad]
+    for glob in optim.lr_for:
+        if not any(fnmatchcase(n, glob) for n, _ in trained):
+            raise ConfigError(f"optim.lr_for: `{glob}` matches no tensor that learns")
+    found: dict[tuple[float, float], list[nn.Parameter]] = {}
+    for name, parameter in trained:
+        rate = next((lr for glob, lr in optim.lr_for.items() if fnmatchcase(name, glob)), optim.lr)
+        decay = 0.0 if without_decay(name, parameter) else optim.weight_decay
+        found.setdefault((rate, decay), []).append(parameter)
+    return [{"params": p, "peak_lr": rate, "lr": rate, "weight_decay": decay} for (rate, decay), p in found.items()]
+
+
+def optimizer(named: Iterable[tuple[str, nn.Parameter]], optim: Optim) -> torch.optim.Optimizer:
+    """The optimizer over all that learns."""
+    from bitsandbytes.optim import AdamW8bit
+
+    kind = {"adamw8bit": AdamW8bit, "adamw": torch.optim.AdamW}[optim.name]
+    made: torch.optim.Optimizer = kind(
+        groups(named, optim), lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps
+    )
+    return made
+
+
+@torch.no_grad()
+def clip(parameters: Iterable[nn.Parameter], limit: float) -> torch.Tensor:
+    """Scale the complete gradient down to norm `limit`; returns its norm before, over all trained parameters."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+    scale = (limit / (norm + 1e-6)).clamp(max=1.0)
+    for gradient in gradients:
+        gradient.mul_(scale)
+    return norm

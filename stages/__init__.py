@@ -1,0 +1,1 @@
+"""One file per verb of the Makefile: its contract, then one call into the library."""

@@ -1,0 +1,20 @@
+"""Stage 3: supervised fine-tuning; LoRA widens to all linear layers of the decoder; `make stage3`.
+
+Takes the whole model of stage 2, its LoRA carried over into the wider one, and trains on questions and instructions.
+"""
+
+import sys
+
+from midasheng.config import Stage
+from midasheng.train.fit import require, run_stage, trains
+
+
+def contract(stage: Stage) -> None:
+    """What must hold for this to be stage 3."""
+    require(stage.name == "stage3_sft", f"name: {stage.name!r} is not stage 3; CONFIG= must be a stage 3 file")
+    require(not trains(stage, "decoder"), "train: the decoder is frozen in stage 3; drop decoder.* and adapt it by lora")
+    require(bool(stage.lora.targets), "lora.targets: empty; name layers of the decoder, e.g. [all-linear]")
+
+
+if __name__ == "__main__":
+    sys.exit(run_stage("configs/stage3_sft.yaml", contract))

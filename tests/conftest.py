@@ -1,0 +1,166 @@
+"""A tiny corpus of tones with captions, and the settings that run a stage on it in seconds."""
+
+import io
+import json
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import jaxtyping
+
+# shapes are law in tests; before any import of the model room
+jaxtyping.install_import_hook("midasheng.model", "beartype.beartype")
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+import webdataset
+import yaml
+
+from midasheng.curate import tokenizer as tokenizer_room
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+LANGUAGES = ("English", "Spanish", "French")
+
+
+def tone(seconds: float, seed: int, rate: int = 16_000) -> np.ndarray:
+    """A chord in noise: float32 (samples,)."""
+    rng = np.random.default_rng(seed)
+    t = np.arange(round(seconds * rate)) / rate
+    wave = sum(np.sin(2 * np.pi * f * t) for f in rng.uniform(100, 3000, 3))
+    return (0.1 * wave + 0.01 * rng.standard_normal(len(t))).astype(np.float32)
+
+
+def flac(wave: np.ndarray, rate: int = 16_000) -> bytes:
+    """The bytes of a FLAC file."""
+    file = io.BytesIO()
+    soundfile.write(file, wave, rate, format="FLAC", subtype="PCM_16")
+    return file.getvalue()
+
+
+def record(number: int) -> dict[str, object]:
+    """JSON of one record."""
+    language = LANGUAGES[number % 3]
+    return {
+        "source": f"tone {number}", "language_name": language, "language": language[:2].lower(),
+        "text": f"tone number {number} of the {language} choir",
+        "captions": [f"A tone, number {number}.", f"A {language} tone sounds.", f"Somebody plays tone {number}."],
+        "questions": [{"question": "Which language?", "answer": language}, {"question": "Is it a tone?", "answer": "yes"}],
+    }  # fmt: skip
+
+
+def write_shard(path: Path, members: list[tuple[str, bytes, dict[str, object]]]) -> None:
+    """A webdataset shard of (key, flac bytes, json)."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with webdataset.TarWriter(str(path), mtime=0) as tar:
+        for key, audio, content in members:
+            tar.write({"__key__": key, "flac": audio, "json": content})
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """Where the tiny corpus lies."""
+
+    root: Path
+
+    @property
+    def shards(self) -> Path:
+        return self.root / "shards"
+
+    @property
+    def manifests(self) -> Path:
+        return self.root / "manifests" / "tiny"
+
+    def settings(self, **more: object) -> list[str]:
+        """`key=value` settings that make a stage at scale mini run on this corpus; `more`: lora__rank=4 is lora.rank=4."""
+        values: dict[str, object] = {
+            "data.root": self.shards, "data.manifests": self.manifests, "tokenizer.path": self.root / "tokenizer",
+            "model.encoder.dim": 32, "model.encoder.depth": 2, "model.encoder.heads": 2,
+            "model.decoder.fields.hidden_size": 64, "model.decoder.fields.intermediate_size": 96,
+            "model.decoder.fields.num_hidden_layers": 2, "model.decoder.fields.num_attention_heads": 2,
+            "model.decoder.fields.num_key_value_heads": 1, "model.decoder.fields.vocab_size": 512,
+            "model.decoder.fields.rope_parameters.mrope_section": "[4,6,6]",
+            "weights.decoder": self.root / "text_decoder",
+            "batch.clips_per_step": 6, "batch.packs_per_step": 2, "run.length": "4 steps", "run.warmup": "1 steps",
+            "log.every": 1, "log.val_every": 2, "log.checkpoint_every": 2, "log.progress": "false",
+            "hardware.workers": 0, "hardware.threads": 1, "data.val_clips": 4,
+        }  # fmt: skip
+        values |= {k.replace("__", "."): v for k, v in more.items()}
+        return [f"{k}={v}" for k, v in values.items()]
+
+
+def make_tiny(root: Path, clips: int = 42) -> Tiny:
+    """Write corpus, cards, mixes and tokenizer under `root`."""
+    tiny = Tiny(root)
+    rng = np.random.default_rng(0)
+    members = [(f"tone{n}", flac(tone(float(rng.uniform(0.3, 2.0)), n)), record(n)) for n in range(clips)]
+    half = clips // 2
+    write_shard(tiny.shards / "tiny-000000.tar", members[:half])
+    write_shard(tiny.shards / "tiny-000001.tar", members[half:])
+    held_out = {"by": "source", "share": 0.2, "max": 16}
+    common = {"shards": "tiny-*.tar", "licence": "none", "languages": ["en"], "held_out": held_out}
+    cards = {
+        "tiny_caption": {"task": "caption", "prompts": ["Write a general audio caption"], "answer": "captions"},
+        "tiny_asr": {"task": "asr", "prompts": ["Transcribe the speech into text <|{language}|>"], "answer": "text"},
+        "tiny_qa": {"task": "qa", "pairs": "questions"},
+        "tiny_text": {"task": "text", "audio": False, "prompts": ["Write a sentence."], "answer": "text"},
+    }
+    corpora = root / "manifests" / "corpora"
+    corpora.mkdir(parents=True)
+    tiny.manifests.mkdir(parents=True)
+    for name, card in cards.items():
+        (corpora / f"{name}.yaml").write_text(yaml.safe_dump({"name": name, **common, **card}))
+    mixes = {
+        "align": {"tiny_caption": 100}, "pretrain": {"tiny_asr": 60, "tiny_caption": 40}, "sft": {"tiny_qa": 100},
+        "text": {"tiny_text": 100},
+    }  # fmt: skip
+    for name, mix in mixes.items():
+        (tiny.manifests / f"{name}.yaml").write_text(yaml.safe_dump({"corpora": mix}))
+    return tiny
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """The tiny corpus with its tokenizer and text weights, made once."""
+    made = make_tiny(tmp_path_factory.mktemp("tiny"))
+    texts = [json.dumps(record(n), ensure_ascii=False) for n in range(42)]
+    tokenizer_room.save_tokenizer(
+        tokenizer_room.train_tokenizer(texts, LANGUAGES, max_tokens=400), made.root / "tokenizer"
+    )
+    run_stage("text_decoder", made, made.root, name="text_decoder", scale_folder=False)
+    return made
+
+
+def order_for(
+    stage: str, tiny: Tiny, runs: Path, *, name: str = "", start_from: str = "", fresh: bool = False, config: str = "",
+    **more: object,
+):  # fmt: skip
+    """The Order of a stage on the tiny corpus."""
+    from midasheng.train.fit import Order, config as config_room
+
+    path = Path(config) if config else CONFIGS / f"{stage}.yaml"
+    loaded = config_room.load(path, "mini", tiny.settings(**more), CONFIGS)
+    return Order(loaded, runs, "mini", name or stage, start_from, fresh)
+
+
+def run_stage(stage: str, tiny: Tiny, runs: Path, *, scale_folder: bool = True, **more: object) -> Path:
+    """Run a stage in this process; returns its run folder."""
+    import dataclasses
+
+    from midasheng.train.fit import fit
+
+    order = order_for(stage, tiny, runs, **more)
+    if not scale_folder:
+        order = dataclasses.replace(order, scale="")
+    fit(order)
+    return order.folder
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    """Bit-equality is promised for a fixed number of threads."""
+    torch.set_num_threads(1)
