@@ -9,11 +9,13 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -194,7 +196,9 @@ class Loaded:
         """The config as YAML, each line followed by the layer that set it."""
         lines = []
         for name, value in flat(dataclasses.asdict(self.stage)).items():
-            text = json.dumps(value, ensure_ascii=False)
+            # as YAML 1.1 reads it back: JSON's 1e-05 would come back as a string
+            text = yaml.safe_dump([value], default_flow_style=True, sort_keys=False, allow_unicode=True, width=10**9)
+            text = text.strip()[1:-1]
             lines.append(f"{name}: {text}".ljust(64) + f"  # {self.origin.get(name, 'default')}")
         return "\n".join(lines) + "\n"
 
@@ -262,6 +266,19 @@ def _check_keys(layer: str, content: dict[str, Any]) -> None:
         raise ConfigError(f"{layer}: unknown key `{name}`{hint} (`make keys` lists all keys)")
 
 
+def _per_stage(path: Path, stages: Any, configs: Path) -> dict[str, dict[str, Any]]:
+    """A scale's overrides by stage; the name of no stage would never be read, so it is an error."""
+    known = [p.stem for p in sorted(configs.glob("*.yaml"))]
+    if not isinstance(stages, dict) or not all(isinstance(values, dict) for values in stages.values()):
+        raise ConfigError(f"{path.name}: write `stages:`, below it a stage's name, below that its keys")
+    for name in stages:
+        if name not in known:
+            near = difflib.get_close_matches(str(name), known, n=1)
+            hint = f"; did you mean `{near[0]}`?" if near else ""
+            raise ConfigError(f"{path.name}: stages.{name} is no stage{hint} (there are: {', '.join(known)})")
+    return stages
+
+
 def scales(configs: Path) -> list[str]:
     """Names of the scales there are."""
     return sorted(p.stem for p in (configs / "scale").glob("*.yaml"))
@@ -280,7 +297,7 @@ def load(config: Path, scale: str, settings: list[str], configs: Path = Path("co
     name = next((c["name"] for _, c in reversed(layers) if c.get("name")), "")
     scale_path = configs / "scale" / f"{scale}.yaml"
     content = _read(scale_path)
-    per_stage = content.pop("stages", None) or {}
+    per_stage = _per_stage(scale_path, content.pop("stages", None) or {}, configs)
     layers.append((scale_path.name, content))
     if name in per_stage:
         layers.append((f"{scale_path.name} (stages.{name})", per_stage[name]))
@@ -288,8 +305,11 @@ def load(config: Path, scale: str, settings: list[str], configs: Path = Path("co
         if "=" not in setting or setting.startswith("="):
             raise ConfigError(f"SET: `{setting}` is not of the form key=value")
     if settings:
-        command_line = OmegaConf.to_container(OmegaConf.from_dotlist(settings), resolve=False)
-        layers.append(("command line", {str(k): v for k, v in dict(command_line).items()}))  # type: ignore[call-overload]
+        try:
+            command_line: Any = OmegaConf.to_container(OmegaConf.from_dotlist(settings), resolve=False)
+        except Exception as error:  # omegaconf passes on whatever its YAML reader raises
+            raise ConfigError(f"SET: {' '.join(settings)}: {' '.join(str(error).split())}") from None
+        layers.append(("command line", {str(k): v for k, v in command_line.items()}))
 
     merged: Any = OmegaConf.structured(Stage)
     origin: dict[str, str] = {}
@@ -299,7 +319,7 @@ def load(config: Path, scale: str, settings: list[str], configs: Path = Path("co
             merged = OmegaConf.merge(merged, values)
         except OmegaConfBaseException as error:
             raise ConfigError(f"{layer}: {error.full_key or ''}: {str(error).splitlines()[0]}") from None
-        origin |= {n: layer for n in flat(values)}
+        origin |= dict.fromkeys(flat(values), layer)
     try:
         stage = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
@@ -311,9 +331,9 @@ def load(config: Path, scale: str, settings: list[str], configs: Path = Path("co
 
 def length(text: str, name: str) -> tuple[float, str]:
     """"1.4 epochs" -> (1.4, "epochs"); units: steps, clips, audio_hours, epochs."""
-    match = re.fullmatch(r"\s*([0-9.]+(?:e[0-9]+)?)\s*(steps|clips|audio_hours|epochs)\s*", text)
-    if not match or float(match[1]) < 0:
-        raise ConfigError(f"{name}: `{text}` is no length; write for example `1000 steps`, `1.4 epochs`, `20 audio_hours`")
+    match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?(?:e[0-9]+)?)\s*(steps|clips|audio_hours|epochs)\s*", text)
+    if not match:
+        raise ConfigError(f"{name}: `{text}` is no length; write e.g. `1000 steps`, `1.4 epochs`, `20 audio_hours`")
     return float(match[1]), match[2]
 
 
@@ -323,6 +343,8 @@ def _check_values(stage: Stage) -> None:
         if not good:
             raise ConfigError(message)
 
+    for name, value in flat(dataclasses.asdict(stage)).items():
+        require(not isinstance(value, float) or math.isfinite(value), f"{name}: {value} is no number")
     require(bool(stage.name), "name: a stage file must say which stage it is, e.g. `name: stage1_align`")
     require(bool(stage.train or stage.lora.targets), "train: nothing learns; name what does, e.g. [audio_encoder.*]")
     for position, start in enumerate(stage.start):
@@ -336,7 +358,8 @@ def _check_values(stage: Stage) -> None:
     require(stage.optim.name in ("adamw8bit", "adamw"), f"optim.name: {stage.optim.name!r}; write adamw8bit or adamw")
     require(stage.lora.inherit in ("carry", "merge"), f"lora.inherit: {stage.lora.inherit!r}; write carry or merge")
     require(stage.lora.rank > 0, f"lora.rank: {stage.lora.rank}; a rank is at least 1 (no LoRA is `lora.targets: []`)")
-    require(stage.batch.kind in ("report", "throughput"), f"batch.kind: {stage.batch.kind!r}; write report or throughput")
+    kind = stage.batch.kind
+    require(kind in ("report", "throughput"), f"batch.kind: {kind!r}; write report or throughput")
     require(stage.batch.packs_per_step > 0, f"batch.packs_per_step: {stage.batch.packs_per_step}; at least 1")
     require(len(stage.optim.betas) == 2, f"optim.betas: {stage.optim.betas}; two numbers")
     require(min(stage.log.every, stage.log.val_every, stage.log.checkpoint_every) > 0, "log.*: steps are at least 1")
@@ -344,14 +367,23 @@ def _check_values(stage: Stage) -> None:
     length(stage.run.warmup, "run.warmup")
 
 
+def saved(path: Path) -> dict[str, Any]:
+    """Dotted key -> value of a run folder's config.yaml (as `Loaded.yaml` wrote it). Raises ConfigError."""
+    return _read(path)
+
+
 def binding(stage: Stage) -> dict[str, Any]:
     """The values that results depend on (dotted key -> value): what a resume must not change."""
-    free = {name for name, item in schema().items() if item.metadata["free"]}
-    return {name: value for name, value in flat(dataclasses.asdict(stage)).items() if name not in free}
+    return {name: value for name, value in flat(dataclasses.asdict(stage)).items() if name not in free_keys()}
+
+
+def free_keys() -> set[str]:
+    """Keys that may differ between a run and its resume."""
+    return {name for name, item in schema().items() if item.metadata["free"]}
 
 
 def fingerprint(stage: Stage) -> str:
-    """Hash of `binding`."""
+    """Hash of `binding`: two runs with the same one are the same run."""
     return hashlib.sha256(json.dumps(binding(stage), sort_keys=True).encode()).hexdigest()[:16]
 
 

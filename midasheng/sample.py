@@ -85,8 +85,9 @@ class Pack:
 
     def to(self, *args: Any, **kwargs: Any) -> Pack:
         """The same pack with its tensors moved, as `torch.Tensor.to`."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        return replace(self, **{k: v.to(*args, **kwargs) for k, v in moved.items() if isinstance(v, Tensor)})
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: v.to(*args, **kwargs) for k, v in values.items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
 def pack(samples: list[Sample], pack_slots: int, pad_id: int) -> Pack:

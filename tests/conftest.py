@@ -124,15 +124,21 @@ def make_tiny(root: Path, clips: int = 42) -> Tiny:
 
 
 @pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
-    """The tiny corpus with its tokenizer and text weights, made once."""
+def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
+    """The tiny corpus with its tokenizer, made once."""
     made = make_tiny(tmp_path_factory.mktemp("tiny"))
     texts = [json.dumps(record(n), ensure_ascii=False) for n in range(42)]
     tokenizer_room.save_tokenizer(
         tokenizer_room.train_tokenizer(texts, LANGUAGES, max_tokens=400), made.root / "tokenizer"
     )
-    run_stage("text_decoder", made, made.root, name="text_decoder", scale_folder=False)
     return made
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_data: Tiny) -> Tiny:
+    """The tiny corpus with text weights too."""
+    run_stage("text_decoder", tiny_data, tiny_data.root, name="text_decoder", scale_folder=False)
+    return tiny_data
 
 
 def order_for(

@@ -19,16 +19,20 @@ class Skip(Exception):
         self.reason = reason
 
 
+UNKNOWN = 2**62  # libsndfile gives 2**63 - 1 frames when the header does not say
 SLACK = frames.SAMPLE_RATE // 50  # 20 ms: how far decoded audio may be from its planned length
 
 
 def planned_samples(data: bytes) -> int:
-    """Length in samples at 16 kHz from the header alone. Raises Skip("undecodable") or Skip("too short")."""
+    """Length in samples at 16 kHz from the header alone. Raises Skip("undecodable"), Skip("length unknown") (a FLAC
+    written to a pipe) or Skip("too short")."""
     try:
         info = soundfile.info(io.BytesIO(data))
     except (soundfile.LibsndfileError, RuntimeError):
         raise Skip("undecodable") from None
-    n_samples = round(info.frames * frames.SAMPLE_RATE / info.samplerate)
+    if info.frames >= UNKNOWN:
+        raise Skip("length unknown")
+    n_samples: int = round(info.frames * frames.SAMPLE_RATE / info.samplerate)
     if n_samples < frames.MIN_SAMPLES:
         raise Skip("too short")
     return n_samples
@@ -41,7 +45,11 @@ def decode(data: bytes, n_samples: int) -> np.ndarray:
     Skip("length differs") or Skip("not finite").
     """
     try:
-        audio, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            rate = file.samplerate
+            if abs(file.frames * frames.SAMPLE_RATE / rate - n_samples) > SLACK:
+                raise Skip("length differs")  # before reading: a damaged header may announce terabytes
+            audio = file.read(dtype="float32", always_2d=True)
     except (soundfile.LibsndfileError, RuntimeError):
         raise Skip("undecodable") from None
     mono = audio.mean(axis=1)

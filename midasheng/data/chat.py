@@ -81,7 +81,8 @@ class Chat:
             is_audio.extend([audio] * len(tokens))
 
         clips = list(clip_tokens)
-        assert sum(t.clips for t in turns) == len(clips), f"{sum(t.clips for t in turns)} clips announced, {len(clips)} given"
+        announced = sum(t.clips for t in turns)
+        assert announced == len(clips), f"{announced} clips announced, {len(clips)} given"
         for number, turn in enumerate(turns):
             if number:
                 add(self._text("\n"))
@@ -99,7 +100,7 @@ class Chat:
         if answer_follows:
             add([*self._text("\n"), self.im_start, *self._text("assistant\n")])
         ids_T = np.asarray(ids, dtype=np.int64)
-        # slot i must predict token i + 1; shifting here keeps a pack's segments from predicting each other's first token
+        # slot i must predict token i + 1; shifted here, no segment of a pack predicts another's first token
         shifted = np.where(target, ids_T, NO_TARGET)
         labels = np.append(shifted[1:], NO_TARGET) if len(ids) else shifted
         return Encoded(ids_T, labels.astype(np.int64), np.asarray(is_audio, dtype=bool))

@@ -7,15 +7,15 @@ import json
 import tarfile
 from collections import Counter
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from webdataset.tariterators import base_plus_ext
 
-from midasheng.config import UserError
 from midasheng import frames
+from midasheng.config import UserError
 from midasheng.data.audio import Skip, planned_samples
 from midasheng.data.chat import Chat
 from midasheng.data.manifest import Card, ManifestError
@@ -50,7 +50,7 @@ class Shard:
     records: dict[str, dict[str, Place]]
 
 
-@lru_cache(maxsize=None)
+@cache
 def scan(path: str, _changed: tuple[int, int]) -> Shard:
     """Read a tar's headers. Raises ShardError for what would otherwise make the rest of a shard vanish silently:
     truncation, a corrupt header in the middle, a record whose members do not lie together."""
@@ -59,8 +59,10 @@ def scan(path: str, _changed: tuple[int, int]) -> Shard:
     try:
         with tarfile.open(path, "r:") as tar:
             for member in tar:
-                if not member.isfile():
+                if member.isdir():
                     continue
+                if not member.isfile():
+                    raise ShardError(f"{path}: {member.name} is a link or no plain file; write the shard without links")
                 key, extension = base_plus_ext(member.name)  # webdataset's rule: the key ends at the first dot
                 if not key or not extension:
                     continue
@@ -68,16 +70,17 @@ def scan(path: str, _changed: tuple[int, int]) -> Shard:
                     raise ShardError(f"{path}: the members of record {key} do not lie together")
                 if member.offset_data + member.size > size:
                     raise ShardError(f"{path}: truncated inside {member.name}; copy or write it again")
-                place = Place(path, member.offset_data, member.size)
-                records.setdefault(key, {})[extension.lower()] = place
+                if extension.lower() in records.setdefault(key, {}):
+                    raise ShardError(f"{path}: holds {member.name} twice")
+                records[key][extension.lower()] = Place(path, member.offset_data, member.size)
                 previous = key
             end = tar.offset
     except tarfile.TarError as error:
         raise ShardError(f"{path}: not a readable tar ({error}); copy or write it again") from None
     with open(path, "rb") as file:
         file.seek(min(end, size))
-        rest = file.read(2 * tarfile.BLOCKSIZE)
-    if len(rest) < tarfile.BLOCKSIZE or rest.strip(b"\0"):
+        only_zeros = not any(part.strip(b"\0") for part in iter(lambda: file.read(2**20), b""))
+    if size - end < tarfile.BLOCKSIZE or not only_zeros:
         raise ShardError(f"{path}: damaged or cut off at byte {end} of {size}; what follows could not be read")
     return Shard(path, records)
 
@@ -130,6 +133,7 @@ class CorpusIndex:
         for record in self.train:
             counts = [(v.slots, v.targets) for v in record.variants]
             digest.update(repr((record.key, record.n_samples, counts)).encode())
+        digest.update(np.ascontiguousarray(self.shard_of, dtype=np.int64).tobytes())
         return digest.hexdigest()[:16]
 
 
@@ -140,15 +144,25 @@ def conversations(card: Card, content: dict[str, Any], where: str) -> list[tuple
             raise ManifestError(f"{where}: card {card.name} asks for JSON field `{field}`; there are {sorted(content)}")
         return content[field]
 
+    def filled(template: str) -> str:
+        try:
+            return template.format_map(content)
+        except KeyError as error:
+            raise ManifestError(f"{where}: a prompt of {card.name} asks for JSON field {error}") from None
+        except ValueError as error:
+            raise ManifestError(f"{where}: a prompt of {card.name}: {error}; a brace itself is written twice") from None
+
     if card.pairs:
-        asked = [(str(p["question"]), str(p["answer"])) for p in wanted(card.pairs)]
+        try:
+            asked = [(str(p["question"]), str(p["answer"])) for p in wanted(card.pairs)]
+        except (KeyError, TypeError):
+            raise ManifestError(f"{where}: `{card.pairs}` is no list of {{question, answer}}") from None
     else:
         answers = wanted(card.answer)
         answers = answers if isinstance(answers, list) else [answers]
-        try:
-            asked = [(p.format_map(content), str(a)) for p in card.prompts for a in answers if a]
-        except KeyError as error:
-            raise ManifestError(f"{where}: prompt of {card.name} asks for JSON field {error}") from None
+        asked = [(filled(p), str(a)) for p in card.prompts for a in answers if a]
+    if card.context:
+        asked = [(f"{filled(card.context)}\n{question}", answer) for question, answer in asked]
     if not asked:
         raise Skip("no text")
     return [
@@ -174,18 +188,22 @@ def index_corpus(card: Card, root: Path, chat: Chat, max_audio_s: float) -> Corp
     """Index one corpus. Raises ManifestError and ShardError; records that cannot be used are listed in `skipped`."""
     found: list[tuple[int, str, Record]] = []
     skipped: list[tuple[str, str]] = []
+    sources: list[str] = []  # of every record, usable or not: cards of the same shards must keep the same ones apart
     for number, path in enumerate(card.shard_paths(root)):
         changed = path.stat()
         shard = scan(str(path), (changed.st_mtime_ns, changed.st_size))
         for key, members in shard.records.items():
             try:
-                found.append((number, *_record(card, key, members, chat, max_audio_s)))
+                where, content = _content(key, members)
+                sources.append(_source(card, key, where, content))
+                found.append((number, sources[-1], _record(card, key, members, where, content, chat, max_audio_s)))
             except Skip as skip:
                 skipped.append((key, skip.reason))
-    apart = _held_out_sources(card, [source for _, source, _ in found])
+    apart = _held_out_sources(card, sources)
     train = [(number, record) for number, source, record in found if source not in apart]
     if not train:
-        raise ManifestError(f"corpus {card.name}: no record can be trained on (left out: {Counter(r for _, r in skipped)})")
+        why = dict(Counter(reason for _, reason in skipped))
+        raise ManifestError(f"corpus {card.name}: no record can be trained on (left out: {why})")
     return CorpusIndex(
         card,
         train=tuple(record for _, record in train),
@@ -195,17 +213,31 @@ def index_corpus(card: Card, root: Path, chat: Chat, max_audio_s: float) -> Corp
     )
 
 
-def _record(
-    card: Card, key: str, members: dict[str, Place], chat: Chat, max_audio_s: float
-) -> tuple[str, Record]:
-    """(source for the held-out rule, record)."""
-    if "json" not in members:
-        raise Skip("no json")
-    where = f"{members['json'].shard}: {key}.json"
+def _content(key: str, members: dict[str, Place]) -> tuple[str, dict[str, Any]]:
+    """(name for messages, a record's JSON)."""
+    if "json" not in members:  # records `a.1` and `a.2` are one record `a` to webdataset
+        raise Skip("dotted name" if any("." in extension for extension in members) else "no json")
     try:
         content = json.loads(members["json"].read())
     except ValueError:
-        raise Skip("json unreadable") from None
+        content = None
+    if not isinstance(content, dict):
+        raise Skip("json unreadable")
+    return f"{members['json'].shard}: {key}.json", content
+
+
+def _source(card: Card, key: str, where: str, content: dict[str, Any]) -> str:
+    """What the held-out rule groups by."""
+    if not card.held_out:
+        return key
+    if card.held_out.by not in content:
+        raise ManifestError(f"{where}: held_out.by of {card.name} asks for JSON field `{card.held_out.by}`")
+    return str(content[card.held_out.by])
+
+
+def _record(
+    card: Card, key: str, members: dict[str, Place], where: str, content: dict[str, Any], chat: Chat, max_audio_s: float
+) -> Record:
     audio, n_samples = None, 0
     if card.audio:
         audio = next((members[e] for e in AUDIO_EXTENSIONS if e in members), None)
@@ -218,9 +250,4 @@ def _record(
     for turns in conversations(card, content, where):
         encoded = chat.encode(turns, [0] * sum(t.clips for t in turns))
         variants.append(Variant(turns, len(encoded.ids), int((encoded.labels != NO_TARGET).sum())))
-    source = key
-    if card.held_out:
-        if card.held_out.by not in content:
-            raise ManifestError(f"{where}: held_out.by of {card.name} asks for JSON field `{card.held_out.by}`")
-        source = str(content[card.held_out.by])
-    return source, Record(key, audio, n_samples, tuple(variants))
+    return Record(key, audio, n_samples, tuple(variants))

@@ -77,7 +77,7 @@ class Loading(Dataset[StepBatch]):
     def __init__(self, corpora: Sequence[CorpusIndex], chat: Chat, budget: Budget) -> None:
         self.corpora, self.chat, self.budget = corpora, chat, budget
 
-    def __getitem__(self, share: Share) -> StepBatch:  # type: ignore[override]  # the sampler yields shares, not numbers
+    def __getitem__(self, share: Share) -> StepBatch:  # the sampler yields shares, not numbers
         skipped = list(share.skipped)
         packs = []
         for _, planned in share.packs:
@@ -114,8 +114,8 @@ def train_loader(
 
 
 def first_clips(planner: Planner, count: int) -> Iterator[np.ndarray]:
-    """The first `count` clips of the plan, decoded: float32 (n_samples,) at 16 kHz. Undecodable ones are passed over."""
-    records = {}
+    """The first `count` clips of the plan, decoded: float32 (n_samples,) at 16 kHz. Undecodable ones are left out."""
+    records: dict[tuple[int, int], Record] = {}
     for _ in range(count):  # at most: a step brings one clip or more, and a small corpus repeats
         before = len(records)
         for p in (p for chosen in next(planner).packs for p in chosen):
@@ -143,7 +143,7 @@ def held_out_packs(corpora: Sequence[CorpusIndex], chat: Chat, budget: Budget, c
                 sample = load_sample(corpus.card.name, corpus.card.task, record, variant, chat)
             except Skip:
                 continue
-            if len(sample.ids) > budget.pack_slots:
+            if len(sample.ids) > budget.pack_slots or record.frames > budget.pack_frames:
                 continue
             if used[0] + len(sample.ids) > budget.pack_slots or used[1] + record.frames > budget.pack_frames:
                 packs.append(pack(waiting, budget.pack_slots, chat.pad))

@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import yaml
 
@@ -30,8 +30,8 @@ class HeldOut:
 class Card:
     """One corpus: where its shards are and how a record becomes a conversation.
 
-    Either `prompts` and `answer` (a JSON field: a string, or a list with one variant each; {field} in a prompt is filled
-    from the record's JSON), or `pairs` (a JSON field: a list of {question, answer}).
+    Either `prompts` and `answer` (a JSON field: a string, or a list with one variant each; {field} in a prompt is
+    filled from the record's JSON), or `pairs` (a JSON field: a list of {question, answer}).
     """
 
     name: str
@@ -42,6 +42,7 @@ class Card:
     hours: float = 0.0
     homepage: str = "unknown"
     audio: bool = True  # False: text only, the conversation holds no clip
+    context: str = ""  # text that stands where the clip would (audio: false only); {field} as in prompts
     prompts: list[str] = dataclasses.field(default_factory=list)
     answer: str = ""
     pairs: str = ""
@@ -89,19 +90,35 @@ def _strict(cls: type, content: dict[str, Any], path: Path) -> Any:
     ]  # fmt: skip
     if missing:
         raise ManifestError(f"{path}: missing key `{missing[0]}`")
+    for name, wanted in get_type_hints(cls).items():
+        if name in content and not _is(content[name], wanted):
+            raise ManifestError(f"{path}: {name}: {content[name]!r} is not of type {known[name].type}")
     return cls(**content)
+
+
+def _is(value: Any, wanted: Any) -> bool:
+    if wanted == list[str]:  # a bare string would be read as a list of its letters
+        return isinstance(value, list) and all(isinstance(v, str) for v in value)
+    if wanted in (int, float):  # YAML 1.1 takes 1e-4 for a string: it wants 1.0e-4
+        return isinstance(value, int | wanted) and not isinstance(value, bool)
+    return isinstance(value, wanted)
 
 
 def read_card(path: Path) -> Card:
     """Read one card. Raises ManifestError."""
     content = _mapping(path)
-    if content.get("held_out"):
-        content["held_out"] = _strict(HeldOut, content["held_out"], path)
+    held_out = content.get("held_out")
+    if isinstance(held_out, dict):
+        content["held_out"] = held_out = _strict(HeldOut, held_out, path)
+        if not (0 <= held_out.share < 1 and held_out.max >= 0):
+            raise ManifestError(f"{path}: held_out: share {held_out.share} lies in 0 to 1, max is not negative")
     card: Card = _strict(Card, content, path)
     if card.name != path.stem:
         raise ManifestError(f"{path}: its name is `{card.name}`; a card bears the name of its file")
-    if bool(card.pairs) == bool(card.prompts and card.answer):
+    if (bool(card.prompts), bool(card.answer)) != (not card.pairs, not card.pairs):
         raise ManifestError(f"{path}: write either `prompts` and `answer`, or `pairs`")
+    if card.context and card.audio:
+        raise ManifestError(f"{path}: `context` stands in for a clip; write `audio: false` beside it or drop it")
     return card
 
 
@@ -116,7 +133,7 @@ def read_mix(name: str, manifests: Path) -> Mix:
     if set(content) != {"corpora"} or not isinstance(corpora, dict) or not corpora:
         raise ManifestError(f"{path}: write `corpora:` and below it `NAME: PERCENT` lines, nothing else")
     for corpus, percent in corpora.items():
-        if isinstance(percent, bool) or not isinstance(percent, int | float) or percent <= 0:
+        if isinstance(percent, bool) or not isinstance(percent, int | float) or not percent > 0:
             raise ManifestError(f"{path}: {corpus}: {percent!r} is no share; write a percentage above 0")
     total = float(sum(corpora.values()))
     notes: tuple[str, ...] = ()
@@ -128,7 +145,7 @@ def read_mix(name: str, manifests: Path) -> Mix:
     for corpus in corpora:
         card_path = manifests.parent / "corpora" / f"{corpus}.yaml"
         if not card_path.is_file():
-            near = difflib.get_close_matches(corpus, [p.stem for p in card_path.parent.glob("*.yaml")], n=1)
+            near = difflib.get_close_matches(str(corpus), [p.stem for p in card_path.parent.glob("*.yaml")], n=1)
             hint = f"; did you mean `{near[0]}`?" if near else ""
             raise ManifestError(f"{path}: corpus `{corpus}` has no card {card_path}{hint}")
         cards.append(read_card(card_path))

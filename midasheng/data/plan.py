@@ -19,9 +19,11 @@ from midasheng.data.index import CorpusIndex
 from midasheng.sample import counter_seed
 
 BLOCK = 1024  # samples in which the mix is met to within one sample per corpus
+GOLDEN = (5**0.5 - 1) / 2
 SHARD_GROUP = 32  # shards whose records are shuffled together: reads stay near-sequential
 WINDOW = 256  # samples that gap fill may choose from
 ARRIVAL = 0.85  # up to this fill samples are taken in the order in which they arrive
+LEAST_FIT = 0.95  # of a corpus' samples must fit a pack: a cap must not quietly take the long clips away
 TRIAL_STEPS = 32  # steps planned in advance to turn clips, hours or epochs into steps
 
 
@@ -84,15 +86,14 @@ class Planner:
         self.order = lru_cache(maxsize=2 * len(corpora))(self._order)
         self.block = lru_cache(maxsize=2)(self._block)
         for corpus in corpora:
-            if not any(self._fits(corpus, r, v) for r in range(len(corpus.train)) for v in self._variants(corpus, r)):
+            fits = [self._fits(corpus, r, v) for r, e in enumerate(corpus.train) for v in range(len(e.variants))]
+            if np.mean(fits) < LEAST_FIT:
                 raise UserError(
-                    f"corpus {corpus.card.name}: no record fits a pack of {budget.pack_slots} slots and "
-                    f"{budget.pack_frames} frames; raise batch.pack_slots or lower data.max_audio_s"
+                    f"corpus {corpus.card.name}: {fits.count(False)} of its {len(fits)} samples fit no pack of "
+                    f"{budget.pack_slots} slots and {budget.pack_frames} frames and would never be trained on; lower "
+                    "batch.packs_per_step or data.max_audio_s (kind throughput: raise batch.pack_slots)"
                 )
-
-    @staticmethod
-    def _variants(corpus: CorpusIndex, record: int) -> range:
-        return range(len(corpus.train[record].variants))
+        self._fingerprint = self._hash()
 
     def _fits(self, corpus: CorpusIndex, record: int, variant: int) -> bool:
         entry = corpus.train[record]
@@ -100,6 +101,9 @@ class Planner:
 
     def fingerprint(self) -> str:
         """Hash of everything the plan depends on; a resume under another one is refused."""
+        return self._fingerprint
+
+    def _hash(self) -> str:
         parts = (
             self.seed, self.percent.tolist(), self.budget, [(c.card.name, c.fingerprint()) for c in self.corpora],
             BLOCK, SHARD_GROUP, WINDOW, ARRIVAL,
@@ -123,9 +127,10 @@ class Planner:
         """Corpus of each of the BLOCK samples of one block: systematic shares, shuffled inside the block."""
         edges = np.concatenate([[0.0], np.cumsum(self.percent / self.percent.sum())])
         edges[-1] = 1.0
-        # how many samples each corpus has had by the end of a block, rounded so that every block is full
-        before, after = (np.floor(edges * BLOCK * n + 0.5).astype(np.int64) for n in (number, number + 1))
-        counts = np.diff(after) - np.diff(before)
+        # an offset that goes round by the golden ratio: never off by one sample in a block, nor by more than a few ever
+        offset = number * GOLDEN % 1
+        until = np.floor(edges * BLOCK + offset).astype(np.int64)
+        counts = until[1:] - until[:-1]
         return _generator(self.seed, "mix", number).permutation(np.repeat(np.arange(len(counts)), counts))
 
     def _draw(self) -> Planned:
@@ -154,7 +159,7 @@ class Planner:
     # -- packs --------------------------------------------------------------------------------------------------
 
     def _pack(self, window: list[Planned]) -> tuple[Planned, ...]:
-        """Fill one pack from the window, which is refilled to WINDOW samples first."""
+        """Fill one pack from the window, which holds WINDOW samples until gap fill begins."""
         limit = np.array([self.budget.pack_slots, max(1, self.budget.pack_frames)])
         while len(window) < WINDOW:
             window.append(self._draw())
@@ -166,8 +171,9 @@ class Planner:
             used[:] += (sample.slots, sample.frames)
             chosen.append(sample)
 
-        while window and (used + (window[0].slots, window[0].frames) <= limit).all() and (used < ARRIVAL * limit).all():
+        while (used < ARRIVAL * limit).all() and (used + np.array([window[0].slots, window[0].frames]) <= limit).all():
             take(0)
+            window.append(self._draw())
         while window:
             cost = np.array([(s.slots, s.frames) for s in window])
             fill = (used + cost) / limit
@@ -204,8 +210,8 @@ class Planner:
         """Go on where `saved` was taken. Raises UserError when seed, mix, budget or data differ."""
         if saved["fingerprint"] != self.fingerprint():
             raise UserError(
-                "the checkpoint's plan was made from other data, another mix, seed or budget: going on would repeat and "
-                "skip samples. Restore the data, or begin anew with FRESH=1 or NAME=..."
+                "the checkpoint's plan was made from other data, another mix, seed or budget: going on would repeat "
+                "and skip samples. Restore the data, or begin anew with FRESH=1 or NAME=..."
             )
         self._state = _State(
             saved["step"], saved["drawn"], [list(c) for c in saved["cursors"]], [list(c) for c in saved["carried"]]
@@ -247,6 +253,8 @@ def steps_of(text: str, name: str, planner: Planner) -> int:
     samples = [s for step in trial for pack in step.packs for s in pack]
     clips = len(samples) / TRIAL_STEPS
     hours = sum(s.frames for s in samples) / 25 / 3600 / TRIAL_STEPS
+    if unit == "audio_hours" and not hours:
+        raise UserError(f"{name}: `{text}` in a mix without audio; write steps, clips or epochs")
     if unit == "epochs":
         return max(1, round(number * sum(len(c.train) for c in planner.corpora) / clips))
     return max(1, round(number / (clips if unit == "clips" else hours)))

@@ -95,8 +95,8 @@ def lora_modules(model: AudioLM, targets: Sequence[str]) -> dict[str, list[str]]
 
 def part_parameters(model: AudioLM) -> dict[str, int]:
     """Parameters of the three parts from their sizes alone (proved on the released 7B: 8,281,739,904 in all)."""
-    e, depth, ratio = model.audio_encoder.shape.dim, model.audio_encoder.shape.depth, model.audio_encoder.shape.mlp_ratio
-    ffn = int(e * ratio)
+    shape = model.audio_encoder.shape
+    e, depth, ffn = shape.dim, shape.depth, int(shape.dim * shape.mlp_ratio)
     block = 4 * e + (3 * e * e + 3 * e) + (e * e + e) + (2 * e * ffn + ffn + e)
     encoder = 2 * N_MELS + (N_MELS * PATCH + 1) * e + CHUNK * e + e + depth * block + 2 * e
     c = model.decoder.config
@@ -118,7 +118,7 @@ def freeze_all_but(model: AudioLM, train: Sequence[str]) -> None:
     for glob in train:
         if not any(fnmatchcase(name, glob) for name in names):
             parts = ", ".join(f"{p}.*" for p, _ in model.named_children())
-            raise UserError(f"train: `{glob}` matches no tensor; there are {parts} (names as in the released checkpoint)")
+            raise UserError(f"train: `{glob}` matches no tensor; there are {parts} (names as in the released weights)")
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(matches(name, train))
 
@@ -169,6 +169,8 @@ def learns(model: AudioLM, train: Sequence[str], lora: dict[str, list[str]], ran
         )
     outside = [n for n in trained if not matches(n, train) and ".lora_" not in n]
     assert not outside, f"{outside[0]} learns but nothing asked for it"
+    asleep = [n for n, p in model.named_parameters() if matches(n, train) and not p.requires_grad]
+    assert not asleep, f"{asleep[0]} does not learn but train asks for it"
     total = sum(p.numel() for p in model.parameters())
     count = sum(p.numel() for p in trained.values())
     return Learns(tuple(lines), count, total - count)

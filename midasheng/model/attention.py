@@ -51,16 +51,17 @@ def dense_attention(
 
 
 @torch.no_grad()
-def verify() -> float:
-    """Largest difference between `segment_attention` and the dense reference on a small pack, over both towers' forms.
+def verify(device: torch.device | str = "cpu") -> float:
+    """Largest difference between `segment_attention` and the dense reference on a small pack on `device`, over both
+    towers' forms: bidirectional with as many heads for k and v (encoder), causal with fewer (decoder).
 
     Raises AssertionError above 1e-4 (float32): a kernel that leaks between segments must not train.
     """
     draw = torch.Generator().manual_seed(0)
     segments = (5, 1, 17, 9)
-    q, k, v = (torch.randn(heads, sum(segments), 8, generator=draw) for heads in (4, 2, 2))
     largest = 0.0
-    for causal in (True, False):
+    for causal, kv_heads in ((False, 4), (True, 2)):
+        q, k, v = (torch.randn(n, sum(segments), 8, generator=draw).to(device) for n in (4, kv_heads, kv_heads))
         fast = segment_attention(q, k, v, segments, causal=causal)
         largest = max(largest, float((fast - dense_attention(q, k, v, segments, causal=causal)).abs().max()))
     assert largest < 1e-4, f"packed attention differs from the dense reference by {largest}"
@@ -72,7 +73,8 @@ def _for_transformers(
     segments: Sequence[int], **ignored: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """transformers' attention interface: (1, heads, slots, head_dim) in, (1, slots, heads, head_dim) out."""
-    assert query.shape[0] == 1 and attention_mask is None, "packed rows come one at a time and without a mask"
+    assert query.shape[0] == 1, f"packed rows come one at a time, not {query.shape[0]}"
+    assert attention_mask is None, "packed rows come without a mask: their segments say who sees whom"
     out = segment_attention(query[0], key[0], value[0], segments, causal=True, scale=scaling)
     return out.transpose(0, 1)[None], None
 

@@ -88,20 +88,24 @@ class AudioLM(nn.Module):
         self, ids_T: Int[Tensor, " T"], is_audio_T: Tensor, clips: Sequence[Tensor], stop: int, limit: int
     ) -> list[int]:
         """Greedy continuation of one conversation: at most `limit` ids, without the final `stop`."""
+        was_training = self.training
         self.eval()
         device = ids_T.device
         audio = torch.cat(list(clips)) if clips else torch.zeros(0)
         lengths = tuple(len(clip) for clip in clips)
-        embeds_TD = self.place(
-            Pack(ids_T, ids_T, ids_T, is_audio_T, audio.to(device), (len(ids_T),), lengths, ("prompt",), ("",), ("",), 0)
+        prompt = Pack(
+            ids_T, ids_T, ids_T, is_audio_T, audio.to(device), (len(ids_T),), lengths, ("prompt",), ("",), ("",), 0
         )
         answer: list[int] = []
-        while len(answer) < limit:
-            position_T = torch.arange(len(embeds_TD), device=device)
-            hidden_TD = self.decoder(embeds_TD, position_T, (len(embeds_TD),))
-            best = int(self.decoder.logits(hidden_TD[-1:]).argmax())
-            if best == stop:
-                break
-            answer.append(best)
-            embeds_TD = torch.cat([embeds_TD, self.decoder.embed(torch.tensor([best], device=device))])
+        with torch.autocast(device.type, dtype=self.compute_dtype, enabled=self.compute_dtype is not None):
+            embeds_TD = self.place(prompt)
+            while len(answer) < limit:
+                position_T = torch.arange(len(embeds_TD), device=device)
+                hidden_TD = self.decoder(embeds_TD, position_T, (len(embeds_TD),))
+                best = int(self.decoder.logits(hidden_TD[-1:]).argmax())
+                if best == stop:
+                    break
+                answer.append(best)
+                embeds_TD = torch.cat([embeds_TD, self.decoder.embed(torch.tensor([best], device=device))])
+        self.train(was_training)
         return answer

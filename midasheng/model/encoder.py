@@ -15,8 +15,8 @@ import torchaudio
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from midasheng.config import UserError
 from midasheng import frames
+from midasheng.config import UserError
 from midasheng.model.attention import segment_attention
 
 AMIN, TOP_DB = 1e-10, 120.0

@@ -1,4 +1,4 @@
-"""Read weights of every format, start a stage from earlier ones, merge LoRA, hand off: strict, every tensor accounted for."""
+"""Read weights of every format, start from earlier stages, merge LoRA, hand off: strict, no tensor unaccounted for."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from midasheng.model.adapt import LoraPlan, base_state, lora_state, matches
 from midasheng.model.audio_lm import AudioLM
 
 PARTS = ("audio_encoder", "audio_projector", "decoder")
+HEAD, EMBEDDING = "decoder.lm_head.weight", "decoder.model.embed_tokens.weight"
 FRONT_END = "audio_encoder.front_end."  # two buffers of the 0804-fp32 release that are computed here
 
 
@@ -53,7 +55,13 @@ def open_source(path: str) -> Source:
         return _dasheng(local)
     if not local.exists():
         if path.count("/") == 1 and not path.startswith((".", "/", "data/", "runs/")):
-            return _safetensors(Path(snapshot_download(path, allow_patterns=["*.json", "*.safetensors"])))
+            try:
+                cached = snapshot_download(path, allow_patterns=["*.json", "*.safetensors"])
+            except (OSError, ValueError) as error:  # huggingface_hub's errors are all one or the other
+                raise WeightsError(
+                    f"start: {path} is no folder here, and the hub does not give it: {str(error).splitlines()[0]}"
+                ) from None
+            return _safetensors(Path(cached))
         raise WeightsError(f"start: {path} does not exist")
     folder = local / "weights" if (local / "weights").is_dir() else local
     if (folder / "stage.json").is_file():
@@ -66,17 +74,18 @@ def open_source(path: str) -> Source:
 def released_name(name: str) -> str:
     """Name of a tensor of transformers' or Dasheng's layout in the released layout; others pass unchanged.
 
-    Qwen2.5-Omni: thinker.model.X (transformers 4) and thinker.model.language_model.X (5); text models: model.X.
+    Qwen2.5-Omni: thinker.model.X (transformers 4) and thinker.model.language_model.X (5); text models: model.X. Its
+    other towers, model.audio_tower.X and model.visual.X in 5, are not the decoder's.
     """
     name = name.removeprefix("thinker.")
     if name.startswith(("model.language_model.", "language_model.")):
         return "decoder.model." + name.split("language_model.", 1)[1]
-    if name.startswith("model."):
+    if name.startswith("model.") and not name.startswith(("model.audio_tower.", "model.visual.")):
         return "decoder." + name
     if name.startswith("lm_head."):
         return "decoder." + name
     if name.startswith("encoder."):  # Hugging Face dasheng-*
-        return "audio_" + name
+        return "audio_" + name.replace("encoder.init_bn.1.", "encoder.init_bn.")
     return name
 
 
@@ -121,7 +130,7 @@ def _dasheng(path: Path) -> Source:
 
     try:
         dumped = Dasheng.from_pretrained(str(path)).state_dict()
-    except (RuntimeError, KeyError, TypeError) as error:
+    except (RuntimeError, KeyError, TypeError, EOFError, UnpicklingError) as error:
         raise WeightsError(f"start: {path} is no Dasheng checkpoint: {str(error).splitlines()[0]}") from None
     state = {}
     for name, tensor in dumped.items():
@@ -161,6 +170,9 @@ def _handed_off(folder: Path) -> Source:
                 f"start: {folder / name} is not the file that stage.json describes (its sha256 differs): it was "
                 "changed or damaged; train that stage again with FRESH=1"
             )
+    for file in sorted(folder.rglob("*.safetensors")):
+        if str(file.relative_to(folder)) not in record["sha256"]:
+            raise WeightsError(f"start: {file} is not of this run: stage.json does not list it; take it away")
     base = _safetensors(folder)
     adapter = folder / "adapter"
     if not adapter.is_dir():
@@ -177,7 +189,8 @@ def check_stage(source: Source, wanted: str) -> None:
     stage = source.record.get("stage")
     if stage != wanted:
         raise WeightsError(
-            f"start: {source.where} holds weights of stage {stage or 'unknown (no stage.json)'}, but `{wanted}` is asked for"
+            f"start: {source.where} holds weights of stage {stage or 'unknown (no stage.json)'}, but `{wanted}` is "
+            "asked for"
         )
 
 
@@ -192,8 +205,8 @@ def check_learned(source: Source, take: Sequence[str]) -> None:
         now = digest((n, source.read(n)) for n in source.shapes if n.startswith(part + "."))
         if now == ends["start"]:
             raise WeightsError(
-                f"start: {source.where}: {part} is identical to what stage {source.record['stage']} started from, though "
-                "that stage says that it trained it; train it again with FRESH=1"
+                f"start: {source.where}: {part} is identical to what stage {source.record['stage']} started from, "
+                "though that stage says that it trained it; train it again with FRESH=1"
             )
 
 
@@ -208,7 +221,9 @@ class Start:
     take: tuple[str, ...]
 
 
-def load(model: AudioLM, starts: Sequence[Start], fresh: Sequence[str], *, merge_lora: bool) -> list[tuple[str, str, int]]:
+def load(
+    model: AudioLM, starts: Sequence[Start], fresh: Sequence[str], *, merge_lora: bool
+) -> list[tuple[str, str, int]]:
     """Give every tensor of a model without LoRA its one origin. Returns the table (origin, part, tensors).
 
     Raises WeightsError when a tensor has no origin or two, or when a source lacks, adds or misshapes one. `merge_lora`:
@@ -236,12 +251,18 @@ def load(model: AudioLM, starts: Sequence[Start], fresh: Sequence[str], *, merge
 
     for start in starts:
         source = start.source
+        for glob in start.take:
+            if not any(fnmatchcase(name, glob) for name in wanted):
+                raise WeightsError(f"start: take `{glob}` from {source.where} matches no tensor of the model")
         taken = {n for n in wanted if matches(n, start.take)}
-        if not taken:
-            raise WeightsError(f"start: take {list(start.take)} from {source.where} matches no tensor of the model")
         offered = {n for n in source.shapes if matches(n, start.take)}
-        if tied:
-            offered.discard("decoder.lm_head.weight")
+        if tied and HEAD in offered:
+            offered.remove(HEAD)
+            if EMBEDDING in offered and not torch.equal(source.read(HEAD), source.read(EMBEDDING)):
+                raise WeightsError(
+                    f"start: {source.where} has a head of its own, this model ties it to the embedding; write "
+                    "model.decoder.fields.tie_word_embeddings: false"
+                )
         if missing := sorted(taken - offered):
             raise WeightsError(f"start: {source.where} lacks {len(missing)} tensors, the first {missing[0]}")
         if surplus := sorted(offered - taken):
@@ -253,7 +274,8 @@ def load(model: AudioLM, starts: Sequence[Start], fresh: Sequence[str], *, merge
         for name in sorted(taken):
             if source.shapes[name] != tuple(wanted[name].shape):
                 raise WeightsError(
-                    f"start: {source.where}: {name} is {source.shapes[name]}, this model wants {tuple(wanted[name].shape)}"
+                    f"start: {source.where}: {name} is {source.shapes[name]}, this model wants "
+                    f"{tuple(wanted[name].shape)}"
                 )
             tensor = source.read(name)
             if name in merged:
@@ -293,12 +315,13 @@ def carry_lora(model: AudioLM, source: Source, plan: LoraPlan | None) -> int:
         raise WeightsError(f"start: {source.where} comes with LoRA, but this stage has no lora.targets{way}")
     if (old.rank, old.alpha / old.rank) != (plan.rank, plan.alpha / plan.rank):
         raise WeightsError(
-            f"start: LoRA of {source.where} has rank {old.rank}, alpha {old.alpha:g}; this stage rank {plan.rank}, alpha "
-            f"{plan.alpha:g}: it cannot be carried over{way}"
+            f"start: LoRA of {source.where} has rank {old.rank}, alpha {old.alpha:g}; this stage rank {plan.rank}, "
+            f"alpha {plan.alpha:g}: it cannot be carried over{way}"
         )
     own = {n.replace(".default.", "."): p for n, p in model.named_parameters() if ".lora_" in n}
     if lost := sorted(set(source.lora) - set(own)):
-        raise WeightsError(f"start: {source.where} adapts {lost[0].split('.lora_')[0]}, which lora.targets leaves out{way}")
+        layer = lost[0].split(".lora_")[0]
+        raise WeightsError(f"start: {source.where} adapts {layer}, which lora.targets leaves out{way}")
     with torch.no_grad():
         for name, tensor in source.lora.items():
             own[name].copy_(tensor)

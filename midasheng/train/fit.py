@@ -18,7 +18,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import yaml
 from lightning.pytorch.loggers import TensorBoardLogger
 from tqdm import tqdm
 
@@ -35,6 +34,7 @@ from midasheng.model.attention import verify
 from midasheng.model.audio_lm import AudioLM
 from midasheng.model.encoder import EncoderShape
 from midasheng.sample import counter_seed
+from midasheng.train import optim
 from midasheng.train.module import Course, StageModule, Stopped
 
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns on every machine without its optional 4-bit kernels
@@ -191,6 +191,7 @@ def build(order: Order, starts: Sequence[weights.Start]) -> tuple[AudioLM, str, 
     if stage.lora.inherit == "carry":
         whole = [s for s in starts if adapt.matches("decoder.model.layers.0.self_attn.q_proj.weight", s.take)]
         carried = sum(weights.carry_lora(model, s.source, plan) for s in whole)
+    optim.groups(model.named_parameters(), stage.optim)  # a glob of lr_for that matches nothing is an error here already
     adapt.set_precision(model, stage.run.precision)
     table = adapt.learns(model, stage.train, adapted, stage.lora.rank).table()
     lines = [f"{'origin':34}{'part':>18}{'tensors':>8}"] + [f"{o:34}{p:>18}{n:8}" for o, p, n in origins]
@@ -209,9 +210,8 @@ def check_run_folder(order: Order, parents: list[dict[str, Any]]) -> str:
     folder = order.folder
     if not (folder / "config.yaml").is_file():
         return "new"
-    before = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    now = config.binding(order.stage)
-    for name in sorted(set(now) | (set(before) & set(config.schema()) - free_keys())):
+    before, now = config.saved(folder / "config.yaml"), config.binding(order.stage)
+    for name in sorted(set(now) | set(before) - config.free_keys()):
         if before.get(name) != now.get(name):
             raise ConfigError(
                 f"{folder} holds a run with {name} = {json.dumps(before.get(name))}, this one has "
@@ -225,11 +225,6 @@ def check_run_folder(order: Order, parents: list[dict[str, Any]]) -> str:
                 "since); train this stage again with FRESH=1, or keep both with NAME=..."
             )
     return "finished" if (folder / "weights" / "stage.json").is_file() else "unfinished"
-
-
-def free_keys() -> set[str]:
-    """Config keys that may differ between a run and its resume."""
-    return {name for name, item in config.schema().items() if item.metadata["free"]}
 
 
 def parents_of(order: Order, starts: Sequence[weights.Start]) -> list[dict[str, Any]]:

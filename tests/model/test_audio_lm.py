@@ -1,0 +1,173 @@
+"""A packed row gives each conversation what it would get alone: loss, logits and gradients; and audio stands in its place."""
+
+import dataclasses
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from midasheng.model import adapt, attention, encoder
+from midasheng.model.attention import dense_attention
+from midasheng.model.audio_lm import AudioLM
+from midasheng.sample import NO_TARGET, Sample
+from tests.model import AUDIO, OMNI, QWEN3, VOCAB, conversation, gradients, logits, packed, tiny_lm
+
+BOTH = pytest.mark.parametrize("architecture", [OMNI, QWEN3])
+
+
+def talks() -> list[Sample]:
+    """Without a clip, with one that is cut into three chunks, with two, with a short one."""
+    clips = [(), (640 * 505,), (5_000, 33_333), (3_200,)]
+    return [conversation(number, *lengths, answer=3 + number) for number, lengths in enumerate(clips)]
+
+
+def difference_to_one_by_one(lm: AudioLM) -> float:
+    """Largest relative difference of losses and of any gradient between one pack and four."""
+    samples = talks()
+    row, alone = packed(*samples, tail=11), [packed(s) for s in samples]
+    with torch.no_grad():
+        losses = torch.cat([lm(one) for one in alone])
+        worst = ((lm(row)[:-1] - losses).abs() / losses).max()
+    wanted = gradients(lm, alone)
+    for name, gradient in gradients(lm, [row]).items():
+        other = wanted[name]
+        assert gradient is not None, name
+        assert other is not None, name
+        if name.endswith("k_proj.bias") and "qwen2_5" in lm.decoder.config.model_type:
+            continue  # softmax is blind to it within a segment: nothing but rounding
+        worst = max(worst, (gradient - other).abs().max() / other.abs().max())
+    return float(worst)
+
+
+@BOTH
+def test_packed_is_one_by_one(architecture):
+    assert difference_to_one_by_one(tiny_lm(architecture)) < 1e-5
+
+
+def ignores_segments(q, k, v, segments, *, causal, scale=None):
+    return dense_attention(q, k, v, [q.shape[1]], causal=causal, scale=scale)
+
+
+@pytest.mark.parametrize("tower", [encoder, attention], ids=["encoder", "decoder"])
+def test_a_leak_in_either_tower_would_be_seen(tower, monkeypatch):
+    monkeypatch.setattr(tower, "segment_attention", ignores_segments)
+    assert difference_to_one_by_one(tiny_lm()) > 1e-3
+
+
+def others(lm: AudioLM, first: list[Sample], second: list[Sample], changed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Logits of the unchanged samples in the two packs."""
+    rows = [packed(*samples, tail=3) for samples in (first, second)]
+    split = [logits(lm.eval(), row).split(row.segments) for row in rows]
+    return [(a, b) for i, (a, b) in enumerate(zip(*split, strict=True)) if i not in (changed, len(first))]
+
+
+@BOTH
+@pytest.mark.parametrize("changed", [1, 2])
+def test_another_sample_of_the_same_lengths_changes_no_bit_of_the_others(architecture, changed):
+    lm, first = tiny_lm(architecture), talks()
+    lengths = [len(clip) for clip in first[changed].clips]
+    second = list(first)
+    second[changed] = conversation(99, *lengths, answer=3 + changed)
+    assert len(second[changed].ids) == len(first[changed].ids)
+    for a, b in others(lm, first, second, changed):
+        assert torch.equal(a, b)
+
+
+@BOTH
+def test_another_sample_of_other_lengths_changes_the_others_by_rounding_only(architecture):
+    lm, first = tiny_lm(architecture), talks()
+    second = [first[0], conversation(99, 20_000, 7_777, answer=17), *first[2:]]
+    for a, b in others(lm, first, second, 1):
+        assert (a - b).abs().max() < 1e-5 * a.abs().max()
+
+
+def test_the_dummy_tail_has_no_influence_and_no_loss():
+    lm = tiny_lm()
+    tails = [packed(*talks(), tail=20, pad=pad) for pad in (0, 7)]
+    first, second = (logits(lm, row)[:-20] for row in tails)
+    assert torch.equal(first, second)
+    assert lm(tails[0])[-1] == 0
+    without = lm(packed(*talks()))
+    assert (lm(tails[0])[:-1] - without).abs().max() < 1e-5 * without.max()
+
+
+@BOTH
+def test_a_pack_without_audio_gives_zero_gradients_to_the_audio_side(architecture):
+    lm = tiny_lm(architecture)
+    found = gradients(lm, [packed(conversation(0), conversation(1))])
+    assert not [name for name, gradient in found.items() if gradient is None]
+    audio = [g for name, g in found.items() if name.startswith("audio_")]
+    assert audio
+    assert not any(g.any() for g in audio)
+    assert found["decoder.lm_head.weight"].any()
+
+
+def test_a_pack_without_targets_gives_zero_gradients():
+    sample = conversation(0, 5_000)
+    silent = dataclasses.replace(sample, labels=sample.labels * 0 + NO_TARGET)
+    lm = tiny_lm()
+    assert not lm(packed(silent)).any()
+    assert not [name for name, g in gradients(lm, [packed(silent)]).items() if g is None or g.any()]
+
+
+def test_loss_is_the_cross_entropy_of_the_labels_and_of_nothing_else():
+    lm, samples = tiny_lm(), talks()
+    row = packed(*samples, tail=5)
+    every = F.cross_entropy(logits(lm, row), row.labels_T, ignore_index=NO_TARGET, reduction="none")
+    wanted = torch.stack([part.sum() for part in every.split(row.segments)])
+    assert row.targets == sum(3 + n for n in range(4))  # the answers, not the prompts
+    assert (lm(row) - wanted).abs().max() < 1e-5 * wanted.max()
+
+
+def test_audio_tokens_stand_at_their_own_slots_in_order():
+    lm, samples = tiny_lm(), talks()
+    with torch.no_grad():
+        row = packed(*samples)
+        placed = lm.place(row)
+        alone = [lm.encode(torch.from_numpy(clip), [len(clip)]) for s in samples for clip in s.clips]
+        text = lm.decoder.embed(row.ids_T)
+    assert (placed[row.is_audio_T] - torch.cat(alone)).abs().max() < 1e-5
+    assert torch.equal(placed[~row.is_audio_T], text[~row.is_audio_T])
+
+
+def test_the_audio_token_itself_is_never_embedded():
+    lm, row = tiny_lm(), packed(*talks())
+    beyond = dataclasses.replace(row, ids_T=row.ids_T.masked_fill(row.is_audio_T, 10 * VOCAB))  # has no row at all
+    assert torch.equal(logits(lm, row), logits(lm, beyond))
+    assert not gradients(lm, [row])["decoder.model.embed_tokens.weight"][AUDIO].any()
+
+
+def test_slots_and_tokens_must_be_equal_and_the_samples_are_named():
+    good = conversation(5, 16_000)
+    short = dataclasses.replace(good, clips=(good.clips[0][:12_000],))
+    with pytest.raises(AssertionError, match="5 audio slots but 3 audio tokens in the pack of sample5"):
+        tiny_lm()(packed(short))
+
+
+# -- generation -----------------------------------------------------------------------------------------------------------
+
+
+def prompt(*clips: int) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:
+    sample = conversation(3, *clips, answer=1)
+    return torch.from_numpy(sample.ids), torch.from_numpy(sample.is_audio), [torch.from_numpy(c) for c in sample.clips]
+
+
+@BOTH
+def test_generation_takes_the_best_token_of_the_training_forward(architecture):
+    lm = tiny_lm(architecture)
+    ids_T, is_audio_T, clips = prompt(16_000, 4_000)
+    answer = lm.generate(ids_T, is_audio_T, clips, stop=-1, limit=4)
+    whole = torch.cat([ids_T, torch.tensor(answer)])
+    sample = conversation(3, 16_000, 4_000, answer=5)
+    row = packed(dataclasses.replace(sample, ids=whole.numpy()))
+    assert logits(lm, row)[len(ids_T) - 1 : -1].argmax(1).tolist() == answer
+    assert lm.generate(ids_T, is_audio_T, clips, stop=answer[2], limit=4) == answer[: answer.index(answer[2])]
+    assert lm.training  # left as it was found
+
+
+def test_generation_runs_in_the_precision_of_training():
+    lm = tiny_lm()
+    ids_T, is_audio_T, clips = prompt(16_000)
+    adapt.freeze_all_but(lm, ["audio_projector.*"])
+    adapt.set_precision(lm, "bf16")
+    assert len(lm.generate(ids_T, is_audio_T, clips, stop=-1, limit=2)) == 2

@@ -1,0 +1,303 @@
+"""The three stages as a user runs them: what they refuse, and what they write."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import soundfile
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from midasheng.model.weights import sha256_file
+from midasheng.train.fit import run_stage as main
+from midasheng.train.meter import read_metrics
+from stages import stage1_align, stage2_pretrain, stage3_sft, text_decoder
+from tests.conftest import CONFIGS, Tiny, flac, record, run_stage, tone, write_shard
+
+CONTRACTS = {
+    "stage1_align": stage1_align.contract, "stage2_pretrain": stage2_pretrain.contract,
+    "stage3_sft": stage3_sft.contract, "text_decoder": text_decoder.contract,
+}  # fmt: skip
+
+
+def run(stage: str, tiny: Tiny, runs: Path, *argv: str, **more: object) -> int:
+    """`make stageN` without make: the exit status."""
+    default = str(CONFIGS / f"{stage}.yaml")
+    return main(default, CONTRACTS[stage], ["--runs", str(runs), *argv, *tiny.settings(**more)])
+
+
+@pytest.fixture(scope="session")
+def stage1(tiny, tmp_path_factory) -> Path:
+    """A runs folder with a finished stage 1."""
+    runs = tmp_path_factory.mktemp("stage1")
+    run_stage("stage1_align", tiny, runs)
+    return runs
+
+
+@pytest.fixture
+def runs(stage1, tmp_path) -> Path:
+    """A copy of it."""
+    shutil.copytree(stage1, tmp_path / "runs")
+    return tmp_path / "runs"
+
+
+def refused(capsys, status: int, *words: str) -> None:
+    """One clear line, no traceback."""
+    err = capsys.readouterr().err
+    assert status == 2
+    assert err.splitlines()[-1].startswith("error: "), err
+    assert "Traceback" not in err
+    for word in words:
+        assert word in err, err
+
+
+# -- bad input: nothing is written, and the message says what to do --------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ({"lora__targts": "[q_proj]"}, ["lora.targts", "did you mean `lora.targets`"]),
+        ({"lora__targets": "[query]"}, ["lora.targets: `query`", "q_proj", "down_proj", "all-linear"]),
+        ({"train": "[audio_encodr.*]"}, ["add audio_encoder.*"]),
+        ({"train": "[audio_encoder.*,audio_projectr.*]"}, ["`audio_projectr.*` matches no tensor", "audio_projector.*"]),
+        ({"data__mix": "alignn"}, ["alignn.yaml", "align, pretrain, sft, text"]),
+        ({"data__root": "nowhere"}, ["no shard matches nowhere/tiny-*.tar", "make data"]),
+        ({"tokenizer__path": "nowhere"}, ["tokenizer.path", "make data"]),
+        ({"weights__decoder": "nowhere/text_decoder"}, ["nowhere/text_decoder does not exist", "make data"]),
+        ({"fresh": "[audio_encoder.*]"}, ["no origin", "audio_projector."]),
+        ({"fresh": "['*']"}, ["two origins", "decoder."]),
+        ({"run__precision": "bf16-true"}, ["bf16-true", "does not move"]),
+        ({"run__warmup": "50 steps"}, ["50 steps of warm-up in a run of 4"]),
+        ({"data__max_audio_s": 0.1}, ["no record can be trained on", "too long"]),
+        ({"model__encoder__heads": "x"}, ["model.encoder.heads"]),
+        ({"optim__lr_for": "{nothing: 1e-3}"}, ["`nothing` matches no tensor that learns"]),
+        ({"model__decoder__fields__hidden_sizes": 3}, ["hidden_sizes"]),
+    ],
+    ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
+)
+def test_refused_before_anything_is_written(tiny, tmp_path, capsys, more, words):
+    status = run("stage1_align", tiny, tmp_path / "runs", **more)
+    refused(capsys, status, *words)
+    assert not (tmp_path / "runs").exists()
+
+
+def test_unknown_scale_lists_the_scales(tiny, tmp_path, capsys):
+    status = run("stage1_align", tiny, tmp_path, "--scale", "minni")
+    refused(capsys, status, "did you mean mini", "0.6b, 3b, 7b, mini")
+
+
+def test_a_wrong_target_fails_before_step_0_in_stage_2(tiny, runs, capsys):
+    refused(capsys, run("stage2_pretrain", tiny, runs, lora__targets="[query]"), "q_proj")
+    assert not (runs / "mini/stage2_pretrain").exists()
+
+
+def test_mix_far_from_100(tiny, tmp_path, capsys):
+    other = tmp_path / "manifests"
+    shutil.copytree(tiny.manifests.parent, other)
+    (other / "tiny" / "align.yaml").write_text(yaml.safe_dump({"corpora": {"tiny_caption": 90}}))
+    refused(capsys, run("stage1_align", tiny, tmp_path / "runs", data__manifests=other / "tiny"), "sum to 90", "100")
+
+
+def test_a_corrupt_shard_is_named(tiny, tmp_path, capsys):
+    shards = tmp_path / "shards"
+    shutil.copytree(tiny.shards, shards)
+    whole = (shards / "tiny-000001.tar").read_bytes()
+    (shards / "tiny-000001.tar").write_bytes(whole[: len(whole) // 2])
+    refused(capsys, run("stage1_align", tiny, tmp_path / "runs", data__root=shards), "tiny-000001.tar")
+
+
+def test_undecodable_and_empty_clips_are_skipped_and_counted(tiny, tmp_path, capsys):
+    shards = tmp_path / "shards"
+    shutil.copytree(tiny.shards, shards)
+    good = flac(tone(1.0, 99))
+    broken = good[:200] + bytes(len(good) - 200)  # the header promises a second, the frames are gone
+    members = [("empty", b"", record(50)), ("noise", b"x" * 999, record(51)), ("broken", broken, record(52))]
+    write_shard(shards / "tiny-000002.tar", [*members, ("good", good, record(53))])
+    assert run("stage1_align", tiny, tmp_path / "runs", data__root=shards, run__length="12 steps") == 0
+    folder = tmp_path / "runs/mini/stage1_align"
+    skipped = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
+    reasons = {(s["key"], s["reason"]) for s in skipped}
+    assert {("empty", "undecodable"), ("noise", "undecodable"), ("broken", "undecodable")} <= reasons
+    trained = (folder / "ledger/rank0.jsonl").read_text()
+    assert "tiny_caption/good" in trained
+    assert not any(f"tiny_caption/{k}" in trained for k in ("empty", "noise", "broken"))
+    assert "undecodable" in capsys.readouterr().out  # the count stands in the summary
+
+
+# -- what comes before -------------------------------------------------------------------------------------------------
+
+
+def test_a_missing_stage_says_what_to_run_first(tiny, tmp_path, capsys):
+    refused(capsys, run("stage2_pretrain", tiny, tmp_path / "runs"), "make stage1")
+    refused(capsys, run("stage3_sft", tiny, tmp_path / "runs"), "make stage2")
+
+
+def test_an_unfinished_parent_is_refused(tiny, runs, capsys):
+    shutil.rmtree(runs / "mini/stage1_align/weights")
+    refused(capsys, run("stage2_pretrain", tiny, runs), "not finished")
+
+
+def test_weights_of_the_wrong_stage(tiny, runs, capsys):
+    refused(capsys, run("stage3_sft", tiny, runs, "--from", "stage1_align"), "stage1_align", "stage2_pretrain")
+
+
+def test_weights_that_were_changed(tiny, runs, capsys):
+    file = runs / "mini/stage1_align/weights/model.safetensors"
+    state = load_file(file)
+    state["audio_encoder.norm.weight"][0] += 1
+    save_file(state, file)
+    refused(capsys, run("stage2_pretrain", tiny, runs), "sha256 differs")
+
+
+def test_an_encoder_that_did_not_learn_is_refused(tiny, runs, capsys):
+    """stage.json says that the encoder was trained, but it is what stage 1 started from."""
+    weights = runs / "mini/stage1_align/weights"
+    told = json.loads((weights / "stage.json").read_text())
+    told["parts"]["audio_encoder"]["start"] = told["parts"]["audio_encoder"]["end"]
+    (weights / "stage.json").write_text(json.dumps(told))
+    refused(capsys, run("stage2_pretrain", tiny, runs), "audio_encoder is identical to what stage stage1_align started from")
+
+
+def test_missing_surplus_and_misshaped_tensors(tiny, runs, capsys):
+    weights = runs / "mini/stage1_align/weights"
+    told, state = json.loads((weights / "stage.json").read_text()), load_file(weights / "model.safetensors")
+
+    def rewrite(changed: dict[str, torch.Tensor]) -> None:
+        save_file(changed, weights / "model.safetensors")
+        told["sha256"]["model.safetensors"] = sha256_file(weights / "model.safetensors")
+        told["parts"] = {}
+        (weights / "stage.json").write_text(json.dumps(told))
+
+    norm = "audio_encoder.norm.weight"
+    rewrite({n: t for n, t in state.items() if n != norm})
+    refused(capsys, run("stage2_pretrain", tiny, runs), "lacks 1 tensors", norm)
+    rewrite(state | {"audio_encoder.outputlayer.weight": torch.zeros(3)})
+    refused(capsys, run("stage2_pretrain", tiny, runs), "no place for", "outputlayer")
+    rewrite(state | {norm: torch.zeros(5)})
+    refused(capsys, run("stage2_pretrain", tiny, runs), norm, "(5,)")
+
+
+# -- run folders ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_finished_run_with_other_settings_is_refused_not_skipped(tiny, runs, capsys):
+    assert run("stage1_align", tiny, runs) == 0
+    assert "is finished" in capsys.readouterr().out
+    refused(capsys, run("stage1_align", tiny, runs, optim__lr=0.5), "optim.lr", "0.5", "NAME=", "FRESH=1")
+    assert run("stage1_align", tiny, runs, log__every=3, hardware__workers=1, data__val_clips=2) == 0  # free to change
+
+
+def test_fresh_trains_again_and_children_notice(tiny, runs, capsys):
+    assert run("stage2_pretrain", tiny, runs) == 0
+    assert run("stage1_align", tiny, runs, "--fresh", run__seed=7) == 0
+    refused(capsys, run("stage2_pretrain", tiny, runs), "trained again since", "FRESH=1")
+    assert run("stage2_pretrain", tiny, runs, "--fresh") == 0
+
+
+def test_fresh_with_a_mistake_leaves_the_old_run(tiny, runs, capsys):
+    refused(capsys, run("stage1_align", tiny, runs, "--fresh", lora__targets="[query]"))
+    assert (runs / "mini/stage1_align/weights/stage.json").is_file()
+
+
+def test_name_and_from(tiny, runs):
+    """Another run beside the first, and a stage 2 that starts from it."""
+    assert run("stage1_align", tiny, runs, "--name", "other", run__seed=3) == 0
+    assert run("stage2_pretrain", tiny, runs, "--name", "from_other", "--from", "other") == 0
+    told = json.loads((runs / "mini/from_other/weights/stage.json").read_text())
+    assert told["parents"][0]["from"].endswith("mini/other/weights")
+    assert told["parents"][0]["stage"] == "stage1_align"
+
+
+# -- what a run writes ------------------------------------------------------------------------------------------------------
+
+
+def test_the_run_folder(tiny, stage1):
+    folder = stage1 / "mini/stage1_align"
+    rows = read_metrics(folder / "metrics.jsonl")
+    assert rows[0]["step"] == 0
+    assert "val_loss" in rows[0]
+    assert [r["step"] for r in rows if "loss" in r] == [1, 2, 3, 4]
+    assert [r["step"] for r in rows if "val_loss" in r] == [0, 2, 4]
+    keys = {"step", "loss", "lr", "grad_norm", "targets", "audio_s", "slots", "frames", "corpora"}
+    for row in (r for r in rows if "loss" in r):
+        assert set(row) == keys
+        corpus = row["corpora"]["tiny_caption"]
+        assert corpus["targets"] == row["targets"] > 0
+        assert corpus["loss_sum"] / corpus["targets"] == pytest.approx(row["loss"])
+    told = json.loads((folder / "weights/stage.json").read_text())
+    for name in ("stage", "parents", "sha256", "git_commit", "config_hash", "trained", "tokenizer"):
+        assert told[name]
+    assert {p.name for p in folder.iterdir()} >= {"config.yaml", "trainable.txt", "metrics.jsonl", "tensorboard", "ledger"}
+    assert any((folder / "tensorboard").glob("events.out.tfevents.*"))
+    assert "# command line" in (folder / "config.yaml").read_text()
+    assert "expected" in (folder / "trainable.txt").read_text()
+
+
+def test_metrics_count_only_what_is_real(tiny, stage1):
+    """Slots, frames, seconds and targets against the records that the ledger names."""
+    from midasheng.train.fit import read_data
+    from tests.conftest import order_for
+
+    data = read_data(order_for("stage1_align", tiny, stage1).stage)
+    records = {r.key: r for r in data.corpora[0].train}
+    folder = stage1 / "mini/stage1_align"
+    rows = [r for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
+    for line, row in zip((folder / "ledger/rank0.jsonl").read_text().splitlines(), rows, strict=True):
+        trained = [records[k.split("/")[1]] for k in json.loads(line)["keys"]]
+        assert row["audio_s"] == pytest.approx(sum(r.n_samples for r in trained) / 16_000, abs=1e-2)
+        assert row["frames"] == sum(r.frames for r in trained)
+        assert row["slots"] <= data.budget.pack_slots * data.budget.packs_per_step
+
+
+def test_only_the_encoder_of_stage_1_crosses(tiny, runs):
+    """Stage 2: encoder of stage 1, decoder of the named source, a projector of its own."""
+    assert run("stage2_pretrain", tiny, runs, run__length="2 steps", optim__lr=1e-7, optim__lr_for="{'*.lora_*': 1e-3}") == 0
+    one = load_file(runs / "mini/stage1_align/weights/model.safetensors")
+    two = load_file(runs / "mini/stage2_pretrain/weights/model.safetensors")
+    text = load_file(tiny.root / "text_decoder/weights/model.safetensors")
+    for name in two:
+        if name.startswith("audio_encoder."):  # two steps at 1e-7 away from stage 1
+            assert torch.allclose(two[name].float(), one[name].float(), atol=1e-6)
+        if name.startswith("decoder."):
+            assert torch.equal(two[name], text[name])
+            assert name.endswith("norm.weight") or not torch.equal(two[name], one[name])
+    assert not torch.equal(one["audio_projector.net.0.weight"], two["audio_projector.net.0.weight"])
+
+
+def test_stage_3_takes_stage_2_whole(tiny, runs):
+    """The LoRA of stage 2 goes on in the wider one; at a learning rate of 0 nothing else changes either."""
+    assert run("stage2_pretrain", tiny, runs, run__length="3 steps") == 0
+    zero = {"optim__lr": 0.0, "optim__lr_for": "{}", "optim__weight_decay": 0.0, "run__length": "2 steps"}
+    with pytest.raises(AssertionError, match="was trained but did not change"):
+        run("stage3_sft", tiny, runs, **zero)  # a stage whose optimizer does nothing must not pass for trained
+    assert run("stage3_sft", tiny, runs, "--fresh", run__length="2 steps") == 0
+    two = load_file(runs / "mini/stage2_pretrain/weights/adapter/adapter_model.safetensors")
+    three = load_file(runs / "mini/stage3_sft/weights/adapter/adapter_model.safetensors")
+    assert set(two) < set(three)
+    for name in two:  # carried over: close to where stage 2 left it, far from a fresh B of zeros
+        assert float((two[name] - three[name]).abs().max()) < 0.02
+    moved = [n for n in two if "lora_B" in n and float(three[n].abs().max()) > 1e-4]
+    assert moved
+
+
+def test_lora_targets_are_swapped_by_one_setting(tiny, runs):
+    assert run("stage2_pretrain", tiny, runs, "--name", "qkvo", lora__targets="[q_proj,k_proj,v_proj,o_proj]") == 0
+    adapter = json.loads((runs / "mini/qkvo/weights/adapter/adapter_config.json").read_text())
+    assert {t.rsplit(".", 1)[1] for t in adapter["target_modules"]} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert "LoRA o_proj" in (runs / "mini/qkvo/trainable.txt").read_text()
+
+
+def test_ablations_run(tiny, tmp_path):
+    for name in ("stage1_frozen_decoder", "stage1_lora"):
+        path = str(CONFIGS / "ablations" / f"{name}.yaml")
+        assert run("stage1_align", tiny, tmp_path, "--config", path) == 0
+        assert (tmp_path / "mini" / name / "weights/stage.json").is_file()
+
+
+def test_an_audio_file_is_what_it_says(tiny):
+    """The fixtures themselves: 16 kHz mono FLAC."""
+    info = soundfile.info(__import__("io").BytesIO(flac(tone(0.5, 1))))
+    assert (info.samplerate, info.channels, info.frames) == (16_000, 1, 8_000)
