@@ -31,7 +31,7 @@ setup: .venv/.done  ## Python environment in .venv (done by all others when need
 
 data: setup  ## real speech in five languages (about 55 MB from Debian), tokenizer and text weights for mini
 	@$(PY) -m stages.prepare --out data/mini
-	@$(PY) -m stages.text_decoder --scale mini --runs data
+	@$(PY) -m stages.text_decoder --scale mini --runs data $(if $(FRESH),--fresh)
 
 stage1: setup  ## encoder, projector and decoder learn together to caption audio
 	@$(call STAGE,stage1_align)

@@ -330,7 +330,7 @@ def load(config: Path, scale: str, settings: list[str], configs: Path = Path("co
 
 
 def length(text: str, name: str) -> tuple[float, str]:
-    """"1.4 epochs" -> (1.4, "epochs"); units: steps, clips, audio_hours, epochs."""
+    """ "1.4 epochs" -> (1.4, "epochs"); units: steps, clips, audio_hours, epochs."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?(?:e[0-9]+)?)\s*(steps|clips|audio_hours|epochs)\s*", text)
     if not match:
         raise ConfigError(f"{name}: `{text}` is no length; write e.g. `1000 steps`, `1.4 epochs`, `20 audio_hours`")
@@ -339,6 +339,7 @@ def length(text: str, name: str) -> tuple[float, str]:
 
 def _check_values(stage: Stage) -> None:
     """Values that no type can rule out."""
+
     def require(good: bool, message: str) -> None:
         if not good:
             raise ConfigError(message)
@@ -351,10 +352,13 @@ def _check_values(stage: Stage) -> None:
         good = isinstance(start, dict) and set(start) == {"from", "take"} and isinstance(start["take"], list)
         require(good, f"start[{position}]: write {{from: STAGE or path, take: [globs]}}, not {start}")
         require(bool(start["from"]), f"start[{position}].from is empty; set weights.decoder / weights.encoder")
-    require(stage.run.precision in ("bf16", "fp32"), (
-        f"run.precision: {stage.run.precision!r} is not offered; write bf16 (trained weights in fp32, frozen ones and "
-        "compute in bf16) or fp32. With weights in bf16 a weight of 0.02 does not move at a learning rate of 1e-5"
-    ))
+    require(
+        stage.run.precision in ("bf16", "fp32"),
+        (
+            f"run.precision: {stage.run.precision!r} is not offered; write bf16 (trained weights in fp32, frozen ones and "
+            "compute in bf16) or fp32. With weights in bf16 a weight of 0.02 does not move at a learning rate of 1e-5"
+        ),
+    )
     require(stage.optim.name in ("adamw8bit", "adamw"), f"optim.name: {stage.optim.name!r}; write adamw8bit or adamw")
     require(stage.lora.inherit in ("carry", "merge"), f"lora.inherit: {stage.lora.inherit!r}; write carry or merge")
     require(stage.lora.rank > 0, f"lora.rank: {stage.lora.rank}; a rank is at least 1 (no LoRA is `lora.targets: []`)")

@@ -13,7 +13,10 @@ from midasheng.train.fit import require, run_stage, trains
 def contract(stage: Stage) -> None:
     """What must hold for this to be stage 2."""
     require(stage.name == "stage2_pretrain", f"name: {stage.name!r} is not stage 2; CONFIG= must be a stage 2 file")
-    require(not trains(stage, "decoder"), "train: the decoder is frozen in stage 2; drop decoder.* and adapt it by lora")
+    require(
+        not trains(stage, "decoder"),
+        "train: the decoder is frozen in stage 2; drop decoder.* and adapt it by lora",
+    )
     require(bool(stage.lora.targets), "lora.targets: empty; name layers of the decoder, e.g. [q_proj,v_proj]")
 
 

@@ -12,7 +12,10 @@ from midasheng.train.fit import require, run_stage, trains
 def contract(stage: Stage) -> None:
     """What must hold for this to be stage 3."""
     require(stage.name == "stage3_sft", f"name: {stage.name!r} is not stage 3; CONFIG= must be a stage 3 file")
-    require(not trains(stage, "decoder"), "train: the decoder is frozen in stage 3; drop decoder.* and adapt it by lora")
+    require(
+        not trains(stage, "decoder"),
+        "train: the decoder is frozen in stage 3; drop decoder.* and adapt it by lora",
+    )
     require(bool(stage.lora.targets), "lora.targets: empty; name layers of the decoder, e.g. [all-linear]")
 
 

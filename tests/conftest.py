@@ -22,6 +22,7 @@ import webdataset
 import yaml
 
 from midasheng.curate import tokenizer as tokenizer_room
+from midasheng.data.chat import Chat
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LANGUAGES = ("English", "Spanish", "French")
@@ -135,6 +136,12 @@ def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
 
 
 @pytest.fixture(scope="session")
+def chat(tiny_data: Tiny) -> Chat:
+    """The tokenizer of the tiny corpus."""
+    return Chat(str(tiny_data.root / "tokenizer"), "<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>")
+
+
+@pytest.fixture(scope="session")
 def tiny(tiny_data: Tiny) -> Tiny:
     """The tiny corpus with text weights too."""
     run_stage("text_decoder", tiny_data, tiny_data.root, name="text_decoder", scale_folder=False)
@@ -146,7 +153,8 @@ def order_for(
     **more: object,
 ):  # fmt: skip
     """The Order of a stage on the tiny corpus."""
-    from midasheng.train.fit import Order, config as config_room
+    from midasheng.train.fit import Order
+    from midasheng.train.fit import config as config_room
 
     path = Path(config) if config else CONFIGS / f"{stage}.yaml"
     loaded = config_room.load(path, "mini", tiny.settings(**more), CONFIGS)

@@ -199,7 +199,7 @@ def test_every_stage_file_loads_at_every_scale(path):
             continue  # the other scales have published text weights
         else:
             if "stage1" in path.stem:
-                with pytest.raises(ConfigError, match="set weights.decoder / weights.encoder"):
+                with pytest.raises(ConfigError, match=r"set weights\.decoder / weights\.encoder"):
                     load(path, scale, [], CONFIGS)
             loaded = load(path, scale, ["weights.encoder=dasheng.pt"], CONFIGS)
             assert loaded.stage.weights.encoder == "dasheng.pt"
@@ -215,7 +215,8 @@ def test_lists_from_the_command_line():
 
 
 @pytest.mark.parametrize(
-    ("text", "means"), [("300 steps", (300, "steps")), (" 1.4 epochs", (1.4, "epochs")), ("2e3audio_hours", (2000, "audio_hours"))]
+    ("text", "means"),
+    [("300 steps", (300, "steps")), (" 1.4 epochs", (1.4, "epochs")), ("2e3audio_hours", (2000, "audio_hours"))],
 )
 def test_length(text, means):
     assert length(text, "x") == means

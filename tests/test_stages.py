@@ -62,7 +62,10 @@ def refused(capsys, status: int, *words: str) -> None:
         ({"lora__targts": "[q_proj]"}, ["lora.targts", "did you mean `lora.targets`"]),
         ({"lora__targets": "[query]"}, ["lora.targets: `query`", "q_proj", "down_proj", "all-linear"]),
         ({"train": "[audio_encodr.*]"}, ["add audio_encoder.*"]),
-        ({"train": "[audio_encoder.*,audio_projectr.*]"}, ["`audio_projectr.*` matches no tensor", "audio_projector.*"]),
+        (
+            {"train": "[audio_encoder.*,audio_projectr.*]"},
+            ["`audio_projectr.*` matches no tensor", "audio_projector.*"],
+        ),
         ({"data__mix": "alignn"}, ["alignn.yaml", "align, pretrain, sft, text"]),
         ({"data__root": "nowhere"}, ["no shard matches nowhere/tiny-*.tar", "make data"]),
         ({"tokenizer__path": "nowhere"}, ["tokenizer.path", "make data"]),
@@ -158,7 +161,9 @@ def test_an_encoder_that_did_not_learn_is_refused(tiny, runs, capsys):
     told = json.loads((weights / "stage.json").read_text())
     told["parts"]["audio_encoder"]["start"] = told["parts"]["audio_encoder"]["end"]
     (weights / "stage.json").write_text(json.dumps(told))
-    refused(capsys, run("stage2_pretrain", tiny, runs), "audio_encoder is identical to what stage stage1_align started from")
+    refused(
+        capsys, run("stage2_pretrain", tiny, runs), "audio_encoder is identical to what stage stage1_align started from"
+    )
 
 
 def test_missing_surplus_and_misshaped_tensors(tiny, runs, capsys):
@@ -197,6 +202,27 @@ def test_fresh_trains_again_and_children_notice(tiny, runs, capsys):
     assert run("stage2_pretrain", tiny, runs, "--fresh") == 0
 
 
+def test_a_finished_run_on_other_data_is_refused(tiny, runs, tmp_path, capsys):
+    shards = tmp_path / "shards"
+    shutil.copytree(tiny.shards, shards)
+    write_shard(shards / "tiny-000002.tar", [("new", flac(tone(1.0, 99)), record(60))])
+    assert run("stage1_align", tiny, tmp_path / "moved", data__root=shards) == 0
+    (shards / "tiny-000002.tar").unlink()
+    refused(capsys, run("stage1_align", tiny, tmp_path / "moved", data__root=shards), "other data", "FRESH=1")
+
+
+def test_a_decoder_of_another_tokenizer_is_refused(tiny, runs, tmp_path, capsys):
+    """Token ids would mean other texts, and nothing else would notice."""
+    other = tmp_path / "tokenizer"
+    shutil.copytree(tiny.root / "tokenizer", other)
+    content = json.loads((other / "tokenizer.json").read_text())
+    a, b = list(content["model"]["vocab"])[-2:]
+    vocabulary = content["model"]["vocab"]
+    vocabulary[a], vocabulary[b] = vocabulary[b], vocabulary[a]
+    (other / "tokenizer.json").write_text(json.dumps(content))
+    refused(capsys, run("stage2_pretrain", tiny, runs, tokenizer__path=other), "another tokenizer")
+
+
 def test_fresh_with_a_mistake_leaves_the_old_run(tiny, runs, capsys):
     refused(capsys, run("stage1_align", tiny, runs, "--fresh", lora__targets="[query]"))
     assert (runs / "mini/stage1_align/weights/stage.json").is_file()
@@ -230,7 +256,13 @@ def test_the_run_folder(tiny, stage1):
     told = json.loads((folder / "weights/stage.json").read_text())
     for name in ("stage", "parents", "sha256", "git_commit", "config_hash", "trained", "tokenizer"):
         assert told[name]
-    assert {p.name for p in folder.iterdir()} >= {"config.yaml", "trainable.txt", "metrics.jsonl", "tensorboard", "ledger"}
+    assert {p.name for p in folder.iterdir()} >= {
+        "config.yaml",
+        "trainable.txt",
+        "metrics.jsonl",
+        "tensorboard",
+        "ledger",
+    }
     assert any((folder / "tensorboard").glob("events.out.tfevents.*"))
     assert "# command line" in (folder / "config.yaml").read_text()
     assert "expected" in (folder / "trainable.txt").read_text()
@@ -254,7 +286,10 @@ def test_metrics_count_only_what_is_real(tiny, stage1):
 
 def test_only_the_encoder_of_stage_1_crosses(tiny, runs):
     """Stage 2: encoder of stage 1, decoder of the named source, a projector of its own."""
-    assert run("stage2_pretrain", tiny, runs, run__length="2 steps", optim__lr=1e-7, optim__lr_for="{'*.lora_*': 1e-3}") == 0
+    assert (
+        run("stage2_pretrain", tiny, runs, run__length="2 steps", optim__lr=1e-7, optim__lr_for="{'*.lora_*': 1e-3}")
+        == 0
+    )
     one = load_file(runs / "mini/stage1_align/weights/model.safetensors")
     two = load_file(runs / "mini/stage2_pretrain/weights/model.safetensors")
     text = load_file(tiny.root / "text_decoder/weights/model.safetensors")

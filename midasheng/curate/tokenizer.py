@@ -7,6 +7,8 @@ from pathlib import Path
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from midasheng.config import UserError
+
 END_OF_TEXT, TURN_START, TURN_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 AUDIO, AUDIO_START, AUDIO_END = "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"
 SPECIAL_TOKENS = (END_OF_TEXT, TURN_START, TURN_END, AUDIO, AUDIO_START, AUDIO_END)
@@ -15,18 +17,16 @@ MAX_TOKENS = 4_096  # the table of the mini decoder is small on purpose
 N_BYTES = 256
 
 
-def train_tokenizer(
-    texts: Iterable[str], words: Sequence[str], max_tokens: int = DEFAULT_TOKENS
-) -> Tokenizer:
+def train_tokenizer(texts: Iterable[str], words: Sequence[str], max_tokens: int = DEFAULT_TOKENS) -> Tokenizer:
     """Train a byte-level BPE on `texts`; the same texts in the same order give the same tokenizer.
 
     `words` become one token each wherever they stand, also after a space. The vocabulary holds at most
     `max_tokens` tokens: special tokens, the 256 bytes, `words` and merges, so that any text round-trips.
-    Raises ValueError when `max_tokens` is over 4,096 or leaves no room for merges.
+    Raises UserError when `max_tokens` is over 4,096 or leaves no room for merges.
     """
     least = N_BYTES + len(SPECIAL_TOKENS) + len(words)
     if not least < max_tokens <= MAX_TOKENS:
-        raise ValueError(f"tokenizer of {max_tokens} tokens: ask for {least + 1} to {MAX_TOKENS}")
+        raise UserError(f"tokenizer of {max_tokens} tokens: ask for {least + 1} to {MAX_TOKENS}")
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()

@@ -139,6 +139,7 @@ class CorpusIndex:
 
 def conversations(card: Card, content: dict[str, Any], where: str) -> list[tuple[Turn, ...]]:
     """Every conversation that a record's JSON can become under its card. Raises ManifestError, Skip("no text")."""
+
     def wanted(field: str) -> Any:
         if field not in content:
             raise ManifestError(f"{where}: card {card.name} asks for JSON field `{field}`; there are {sorted(content)}")

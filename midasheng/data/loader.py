@@ -90,9 +90,7 @@ class Loading(Dataset[StepBatch]):
                 except Skip as skip:
                     skipped.append(Skipped(corpus.card.name, record.key, skip.reason))
             packs.append(pack(samples, self.budget.pack_slots, self.chat.pad))
-        return StepBatch(
-            share.step, tuple(n for n, _ in share.packs), tuple(packs), tuple(skipped), share.state_after
-        )
+        return StepBatch(share.step, tuple(n for n, _ in share.packs), tuple(packs), tuple(skipped), share.state_after)
 
 
 def _worker_init(_: int) -> None:

@@ -129,7 +129,7 @@ def add_lora(model: AudioLM, plan: LoraPlan, seed: int) -> dict[str, list[str]]:
     if any(p.requires_grad for p in model.decoder.parameters()):
         raise UserError("lora.targets: the decoder itself learns (train has decoder.*); LoRA adapts a frozen one")
     config = LoraConfig(
-        r=plan.rank, lora_alpha=plan.alpha, lora_dropout=plan.dropout, bias="none",  # type: ignore[arg-type]
+        r=plan.rank, lora_alpha=plan.alpha, lora_dropout=plan.dropout, bias="none",
         target_modules=[name for names in found.values() for name in names],
     )  # fmt: skip
     torch.manual_seed(seed)

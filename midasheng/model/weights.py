@@ -58,9 +58,8 @@ def open_source(path: str) -> Source:
             try:
                 cached = snapshot_download(path, allow_patterns=["*.json", "*.safetensors"])
             except (OSError, ValueError) as error:  # huggingface_hub's errors are all one or the other
-                raise WeightsError(
-                    f"start: {path} is no folder here, and the hub does not give it: {str(error).splitlines()[0]}"
-                ) from None
+                reason = " ".join(str(error).split())[:300]
+                raise WeightsError(f"start: {path} is no folder here, and the hub does not give it: {reason}") from None
             return _safetensors(Path(cached))
         raise WeightsError(f"start: {path} does not exist")
     folder = local / "weights" if (local / "weights").is_dir() else local
@@ -131,7 +130,8 @@ def _dasheng(path: Path) -> Source:
     try:
         dumped = Dasheng.from_pretrained(str(path)).state_dict()
     except (RuntimeError, KeyError, TypeError, EOFError, UnpicklingError) as error:
-        raise WeightsError(f"start: {path} is no Dasheng checkpoint: {str(error).splitlines()[0]}") from None
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise WeightsError(f"start: {path} is no Dasheng checkpoint: {reason}") from None
     state = {}
     for name, tensor in dumped.items():
         if not name.startswith(("front_end.", "outputlayer")):
@@ -326,6 +326,16 @@ def carry_lora(model: AudioLM, source: Source, plan: LoraPlan | None) -> int:
         for name, tensor in source.lora.items():
             own[name].copy_(tensor)
     return len(source.lora) // 2
+
+
+def check_tokenizer(start: Start, fingerprint: str) -> None:
+    """Raises WeightsError when decoder weights of ours were made under another tokenizer than the one in use."""
+    made_under = start.source.record.get("tokenizer", fingerprint)
+    if made_under != fingerprint and matches("decoder.model.embed_tokens.weight", start.take):
+        raise WeightsError(
+            f"start: the decoder of {start.source.where} was trained with another tokenizer ({made_under}) than "
+            f"tokenizer.path holds now ({fingerprint}); restore it, or train those weights again with FRESH=1"
+        )
 
 
 # -- handing off ----------------------------------------------------------------------------------------------------

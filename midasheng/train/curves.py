@@ -58,14 +58,17 @@ def draw(curves: list[Curve], path: Path) -> None:
     from matplotlib import pyplot
 
     stages = sorted({c.stage for c in curves})
-    figure, axes = pyplot.subplots(1, len(stages), figsize=(4.6 * len(stages), 3.6), squeeze=False, layout="constrained")
+    size = (4.6 * len(stages), 3.6)
+    figure, axes = pyplot.subplots(1, len(stages), figsize=size, squeeze=False, layout="constrained")
     for axis, stage in zip(axes[0], stages, strict=True):
         for number, curve in enumerate(c for c in curves if c.stage == stage):
             color = f"C{number}"
             if curve.train:
-                axis.plot(*zip(*curve.train, strict=True), color=color, alpha=0.45, linewidth=1, label=f"{curve.name}, train")
+                steps, losses = zip(*curve.train, strict=True)
+                axis.plot(steps, losses, color=color, alpha=0.45, linewidth=1, label=f"{curve.name}, train")
             if curve.val:
-                axis.plot(*zip(*curve.val, strict=True), color=color, marker="o", markersize=3, label=f"{curve.name}, val")
+                steps, losses = zip(*curve.val, strict=True)
+                axis.plot(steps, losses, color=color, marker="o", markersize=3, label=f"{curve.name}, val")
         axis.set(title=stage, xlabel="steps", ylabel="loss per target")
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,14 +36,18 @@ from midasheng.model.audio_lm import AudioLM
 from midasheng.model.encoder import EncoderShape
 from midasheng.sample import counter_seed
 from midasheng.train import optim
-from midasheng.train.module import Course, StageModule, Stopped
+from midasheng.train.meter import read_metrics
+from midasheng.train.module import Course, StageModule, Stopped, StopRequest
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns on every machine without its optional 4-bit kernels
+logging.getLogger("lightning.pytorch").setLevel(
+    logging.WARNING
+)  # adverts and "GPU available"; the header says what runs
+warnings.filterwarnings("ignore", message=".*(isinstance.treespec, LeafSpec.|smaller than the logging interval).*")
 CALIBRATION_CLIPS = 1_000
 MAKE_TARGET = {"stage1_align": "make stage1", "stage2_pretrain": "make stage2", "text_decoder": "make data"}
 
 
-# -- what is asked for ------------------------------------------------------------------------------------------------
+# -- what is asked for ----------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -103,14 +108,18 @@ def run_stage(default: str, contract: Callable[[Stage], None], argv: Sequence[st
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("stopped before the first step; the same command begins again", file=sys.stderr)
+        return 130
     except Stopped:
         if is_first():
-            print(f"stopped; {order.folder}/checkpoints/last.ckpt holds everything: the same command goes on from there")
+            saved = order.folder / "checkpoints" / "last.ckpt"
+            print(f"stopped; {saved} holds everything: the same command goes on from there")
         return 130
     return 0
 
 
-# -- checks before anything is written ----------------------------------------------------------------------------------
+# -- checks before anything is written ---------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -191,7 +200,9 @@ def build(order: Order, starts: Sequence[weights.Start]) -> tuple[AudioLM, str, 
     if stage.lora.inherit == "carry":
         whole = [s for s in starts if adapt.matches("decoder.model.layers.0.self_attn.q_proj.weight", s.take)]
         carried = sum(weights.carry_lora(model, s.source, plan) for s in whole)
-    optim.groups(model.named_parameters(), stage.optim)  # a glob of lr_for that matches nothing is an error here already
+    optim.groups(
+        model.named_parameters(), stage.optim
+    )  # a glob of lr_for that matches nothing is an error here already
     adapt.set_precision(model, stage.run.precision)
     table = adapt.learns(model, stage.train, adapted, stage.lora.rank).table()
     lines = [f"{'origin':34}{'part':>18}{'tensors':>8}"] + [f"{o:34}{p:>18}{n:8}" for o, p, n in origins]
@@ -205,8 +216,8 @@ def is_first() -> bool:
     return int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("NODE_RANK", "0")) == 0
 
 
-def check_run_folder(order: Order, parents: list[dict[str, Any]]) -> str:
-    """"new", "unfinished" or "finished". Raises ConfigError when the folder holds a run with other settings."""
+def check_run_folder(order: Order, inputs: dict[str, Any]) -> str:
+    """ "new", "unfinished" or "finished". Raises ConfigError when the folder holds a run with other settings."""
     folder = order.folder
     if not (folder / "config.yaml").is_file():
         return "new"
@@ -217,68 +228,75 @@ def check_run_folder(order: Order, parents: list[dict[str, Any]]) -> str:
                 f"{folder} holds a run with {name} = {json.dumps(before.get(name))}, this one has "
                 f"{json.dumps(now.get(name))}; keep both with NAME=..., or write over it with FRESH=1"
             )
-    saved = json.loads((folder / "parents.json").read_text(encoding="utf-8"))
-    for old, new in zip(saved, parents, strict=True):
-        if old != new:
-            raise ConfigError(
-                f"{folder} was started from {old['from']} when its weights were others (they have been trained again "
-                "since); train this stage again with FRESH=1, or keep both with NAME=..."
-            )
+    was = json.loads((folder / "inputs.json").read_text(encoding="utf-8"))
+    remedy = "train this stage again with FRESH=1, or keep both with NAME=..."
+    if was["plan"] != inputs["plan"]:
+        raise ConfigError(
+            f"{folder} was trained on other data (shards, cards or tokenizer have changed since); {remedy}"
+        )
+    if was["parents"] != inputs["parents"]:
+        other = next(p["from"] for p in [*inputs["parents"], *was["parents"]] if p not in was["parents"])
+        raise ConfigError(f"{folder} started from {other} when its weights were others (trained again since); {remedy}")
     return "finished" if (folder / "weights" / "stage.json").is_file() else "unfinished"
 
 
-def parents_of(order: Order, starts: Sequence[weights.Start]) -> list[dict[str, Any]]:
+def parents_of(starts: Sequence[weights.Start]) -> list[dict[str, Any]]:
     """What the run starts from, for stage.json."""
     return [
         {
-            "from": s.source.where, "take": list(s.take), "stage": s.source.record.get("stage"),
+            "from": s.source.where,
+            "take": list(s.take),
+            "stage": s.source.record.get("stage"),
             "sha256": s.source.record.get("sha256") or {},
         }
         for s in starts
     ]  # fmt: skip
 
 
-# -- running --------------------------------------------------------------------------------------------------------------
+# -- running ----------------------------------------------------------------------------------
 
 
-class StopRequest:
+@contextmanager
+def listening(stop: StopRequest) -> Iterator[None]:
     """Ctrl-C or SIGTERM asks for a stop between steps; a second one ends the process at once."""
 
-    requested = False
-
-    @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Take the signals for the duration."""
-        before = {s: signal.signal(s, self._on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _on_signal(self, number: int, _: object) -> None:
+    def on_signal(number: int, _: object) -> None:
         if is_first():
-            print("\nstopping after this step (again: at once, losing what came after the last checkpoint)", flush=True)
-        self.requested = True
+            print("\nstopping after this step (again: at once, back to the last checkpoint)", flush=True)
+        stop.requested = True
         signal.signal(number, signal.SIG_DFL)
+
+    before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 class ProgressLine(L.Callback):
-    """One line: steps, loss of the last row, validation loss."""
+    """One line that moves: steps, loss of the last row, validation loss; a plain line a row without a terminal."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin at the step of a resume."""
         module = _stage_module(pl_module)
+        self.terminal = sys.stderr.isatty()
         self.bar = tqdm(
-            total=module.course.steps, initial=module.done, desc=module.stage.name, unit="step", mininterval=1.0,
-            disable=not trainer.is_global_zero, dynamic_ncols=True,
+            total=module.course.steps, initial=module.done, desc=module.stage.name, unit="step", mininterval=0.5,
+            disable=not (trainer.is_global_zero and self.terminal), dynamic_ncols=True,
         )  # fmt: skip
+        self.before: dict[str, float] = {}
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """One step on."""
         module = _stage_module(pl_module)
-        self.bar.set_postfix({k: f"{v:.3f}" for k, v in module.shown.items()}, refresh=False)
-        self.bar.update(module.done - self.bar.n)
+        if self.terminal:
+            self.bar.set_postfix({k: f"{v:.3f}" for k, v in module.shown.items()}, refresh=False)
+            self.bar.update(module.done - self.bar.n)
+        elif trainer.is_global_zero and module.shown != self.before:
+            shown = "  ".join(f"{k} {v:.3f}" for k, v in sorted(module.shown.items()))
+            print(f"{module.stage.name} step {module.done}/{module.course.steps}  {shown}", flush=True)
+        self.before = dict(module.shown)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the line as it is, also after a stop."""
@@ -333,8 +351,11 @@ def fit(order: Order) -> None:
         torch.set_num_threads(stage.hardware.threads)
     data = read_data(stage)
     starts = open_starts(order)
-    parents = parents_of(order, starts)
-    state = "new" if order.fresh else check_run_folder(order, parents)
+    for start in starts:
+        weights.check_tokenizer(start, data.chat.fingerprint())
+    planner = data.planner(stage.run.seed)
+    inputs = {"plan": planner.fingerprint(), "parents": parents_of(starts)}
+    state = "new" if order.fresh else check_run_folder(order, inputs)
     if state == "finished":
         print(f"{folder} is finished (NAME=... for another run, FRESH=1 to train it again)")
         return
@@ -347,18 +368,17 @@ def fit(order: Order) -> None:
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         (folder / "config.yaml").write_text(order.loaded.yaml(), encoding="utf-8")
         (folder / "trainable.txt").write_text(text, encoding="utf-8")
-        (folder / "parents.json").write_text(json.dumps(parents, indent=2) + "\n", encoding="utf-8")
-    train(order, data, model, plan, parents)
+        (folder / "inputs.json").write_text(json.dumps(inputs, indent=2) + "\n", encoding="utf-8")
+    train(order, data, planner, model, plan, inputs)
 
 
 def train(
-    order: Order, data: DataRoom, model: AudioLM, plan: adapt.LoraPlan | None, parents: list[dict[str, Any]]
-) -> None:
+    order: Order, data: DataRoom, planner: Planner, model: AudioLM, plan: adapt.LoraPlan | None, inputs: dict[str, Any]
+) -> None:  # fmt: skip
     """Train from step 0 or from the checkpoint, then write weights/."""
     stage, folder, hardware = order.stage, order.folder, order.stage.hardware
     resume = folder / "checkpoints" / "last.ckpt"
     saved = torch.load(resume, map_location="cpu", weights_only=True)["midasheng"] if resume.is_file() else None
-    planner = data.planner(stage.run.seed)
     if saved:
         planner.restore(saved["plan"])
     elif calibrates(stage, data.corpora):
@@ -382,22 +402,24 @@ def train(
     module.ledger = Ledger(folder, trainer.global_rank, steps_done)
     for corpus in data.corpora:
         left_out = [Skipped(corpus.card.name, key, reason) for key, reason in corpus.skipped]
-        module.ledger.indexed(corpus.card.name, len(corpus.train), left_out, write=trainer.global_rank == 0 and not saved)
+        write = trainer.global_rank == 0 and not saved
+        module.ledger.indexed(corpus.card.name, len(corpus.train), left_out, write=write)
     if saved and is_first():
         print(f"resuming at step {steps_done} of {data.course.steps}")
-    if steps_done < data.course.steps:
+    if saved is None or steps_done < data.course.steps:
         loader = train_loader(
             planner, data.chat, data.budget, data.course.steps, rank=trainer.global_rank, world=trainer.world_size,
             workers=hardware.workers,
         )  # fmt: skip
-        with stop.listening():
+        with listening(stop):
             trainer.fit(module, loader, ckpt_path=resume if saved else None, weights_only=True)
     else:  # trained to the end, then killed before the hand-off
         module.load_state_dict(torch.load(resume, map_location="cpu", weights_only=True)["state_dict"])
         module.done, module.start_digests = steps_done, saved["start_digests"]
     if trainer.is_global_zero:
         record = {
-            "stage": stage.name, "name": order.name, "scale": order.scale, "steps": module.done, "parents": parents,
+            "stage": stage.name, "name": order.name, "scale": order.scale, "steps": module.done,
+            "parents": inputs["parents"], "plan": inputs["plan"],
             "git_commit": git_commit(), "config_hash": config.fingerprint(stage), "midasheng": __version__,
             "torch": str(torch.__version__), "trained": list(stage.train), "lora": list(stage.lora.targets),
             "tokenizer": data.chat.fingerprint(), "skipped": module.ledger.summary(),
@@ -406,7 +428,16 @@ def train(
             model, folder / "weights", record, plan, start_digests=module.start_digests,
             audio_token_id=data.chat.audio, save_tokenizer=data.chat.save,
         )  # fmt: skip
-        print(f"{stage.name}: {module.done} steps; weights in {folder / 'weights'}; skipped: {module.ledger.summary()}")
+        skipped = f"skipped: {module.ledger.summary()}"
+        print(f"{stage.name}: {module.done} steps{_fall(folder)}; weights in {folder / 'weights'}; {skipped}")
+
+
+def _fall(folder: Path) -> str:
+    """How far validation loss fell, as text."""
+    losses = [row["val_loss"] for row in read_metrics(folder / "metrics.jsonl") if "val_loss" in row]
+    return (
+        f", validation loss {losses[0]:.3f} -> {losses[-1]:.3f} ({losses[-1] / losses[0] - 1:+.1%})" if losses else ""
+    )
 
 
 def calibrates(stage: Stage, corpora: Sequence[CorpusIndex]) -> bool:

@@ -12,10 +12,11 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from midasheng.config import Stage
+from midasheng.config import Stage, UserError
 from midasheng.data.ledger import Ledger
 from midasheng.data.loader import StepBatch
 from midasheng.model.audio_lm import AudioLM
@@ -28,8 +29,15 @@ class Stopped(Exception):
     """Raised between steps after a checkpoint was written because the user asked for a stop."""
 
 
-class NotFinite(RuntimeError):
+class NotFinite(UserError):
     """Loss or gradient is NaN or infinite; the message names the samples of the step."""
+
+
+@dataclass
+class StopRequest:
+    """Somebody wants the run to stop between two steps."""
+
+    requested: bool = False
 
 
 @dataclass(frozen=True)
@@ -41,13 +49,16 @@ class Course:
 
 
 class StageModule(L.LightningModule):
-    """Trains AudioLM for one stage. `done` counts finished steps; it, the plan's state and the sums since the last
-    row travel in the checkpoint. Lightning's own loop counters do not: a resume is a new fit whose loader begins at
-    step `done`, so none of Lightning's restart rules can repeat or skip a batch."""
+    """Trains AudioLM for one stage.
+
+    `done` counts finished steps; it, the plan's state and the sums since the last row travel in the checkpoint.
+    Lightning's own loop counters do not: a resume is a new fit whose loader begins at step `done`, so none of
+    Lightning's restart rules can repeat or skip a batch.
+    """
 
     def __init__(
-        self, model: AudioLM, stage: Stage, course: Course, corpora: Sequence[str], val_packs: Sequence[Pack], run: Path,
-        start_digests: dict[str, str], stop: Any,
+        self, model: AudioLM, stage: Stage, course: Course, corpora: Sequence[str], val_packs: Sequence[Pack],
+        run: Path, start_digests: dict[str, str], stop: StopRequest,
     ) -> None:  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
@@ -83,6 +94,7 @@ class StageModule(L.LightningModule):
         targets, stop = self._sum_over_ranks(counts).tolist()
         world = self.trainer.world_size
         adam = self.optimizers()
+        assert isinstance(adam, LightningOptimizer)
         rate = learning_rate(self.done, self.course.steps, self.course.warmup, self.stage.optim.final_lr)
         for group in adam.param_groups:
             group["lr"] = group["peak_lr"] * rate
@@ -168,7 +180,8 @@ class StageModule(L.LightningModule):
             meter.add(moved, self.model(moved))
         row = meter.row(self._sum_over_ranks)
         self.model.train()
-        self.metrics.add({"step": self.done, "val_loss": row["loss"], "targets": row["targets"], "corpora": row["corpora"]})
+        kept = {name: row[name] for name in ("targets", "corpora")}
+        self.metrics.add({"step": self.done, "val_loss": row["loss"], **kept})
         self._log({"val/val_loss": row["loss"]})
 
     # -- checkpoints ------------------------------------------------------------------------------------------------

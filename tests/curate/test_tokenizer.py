@@ -3,6 +3,7 @@
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from midasheng.config import UserError
 from midasheng.curate.tokenizer import MAX_TOKENS, SPECIAL_TOKENS, save_tokenizer, train_tokenizer
 
 WORDS = ("English", "Russian")
@@ -44,5 +45,5 @@ def test_language_names_and_special_tokens_are_one_token(tmp_path):
 
 @pytest.mark.parametrize("n_tokens", [100, MAX_TOKENS + 1])
 def test_size_out_of_range_is_refused(n_tokens):
-    with pytest.raises(ValueError, match=str(n_tokens)):
+    with pytest.raises(UserError, match=str(n_tokens)):
         train_tokenizer(TEXTS, WORDS, n_tokens)

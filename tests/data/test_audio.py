@@ -10,7 +10,9 @@ import soundfile
 from midasheng.data.audio import SLACK, Skip, decode, planned_samples
 from tests.conftest import flac, tone
 
-FORMATS = [("WAV", "PCM_16"), ("WAV", "FLOAT"), ("FLAC", "PCM_16"), ("MP3", "MPEG_LAYER_III"), ("OGG", "VORBIS"), ("OGG", "OPUS")]
+FORMATS = [
+    ("WAV", "PCM_16"), ("WAV", "FLOAT"), ("FLAC", "PCM_16"), ("MP3", "MPEG_LAYER_III"), ("OGG", "VORBIS"), ("OGG", "OPUS"),
+]  # fmt: skip
 
 
 def written(wave: np.ndarray, rate: int, form: str = "WAV", subtype: str = "FLOAT") -> bytes:
@@ -19,11 +21,11 @@ def written(wave: np.ndarray, rate: int, form: str = "WAV", subtype: str = "FLOA
     return file.getvalue()
 
 
-@pytest.mark.parametrize("rate", [8_000, 16_000, 44_100, 48_000])
-@pytest.mark.parametrize(("form", "subtype"), FORMATS, ids=lambda v: v.lower())
+@pytest.mark.parametrize(
+    ("form", "subtype", "rate"),
+    [(*f, rate) for f in FORMATS for rate in (8_000, 16_000, 44_100, 48_000) if (f[1], rate) != ("OPUS", 44_100)],
+)
 def test_length_and_sound(form, subtype, rate):
-    if (subtype, rate) == ("OPUS", 44_100):
-        pytest.skip("opus has no 44.1 kHz")
     n = round(1.37 * rate)
     sine = 0.5 * np.sin(2 * np.pi * 440 * np.arange(n) / rate)
     data = written(np.stack([sine, np.zeros(n)], axis=1), rate, form, subtype)
@@ -55,11 +57,13 @@ def test_another_length_than_planned(n, form):
 
 def test_file_that_ends_early():
     data = flac(tone(1, 0))
-    with pytest.raises(Skip, match="length differs|undecodable"):
+    with pytest.raises(Skip, match=r"length differs|undecodable"):
         decode(data[: len(data) // 2], 16_000)
 
 
-@pytest.mark.parametrize("data", [b"", b"RIFF", b"\0" * 4096, np.random.default_rng(0).bytes(4096)], ids=["", "head", "zeros", "noise"])
+@pytest.mark.parametrize(
+    "data", [b"", b"RIFF", b"\0" * 4096, np.random.default_rng(0).bytes(4096)], ids=["", "head", "zeros", "noise"]
+)
 def test_garbage(data):
     with pytest.raises(Skip, match="undecodable"):
         planned_samples(data)
@@ -93,7 +97,7 @@ def test_a_damaged_header_takes_no_memory():
     """36 bits of a FLAC header say how long the clip is; believed, they ask for hundreds of gigabytes."""
     data = bytearray(flac(tone(1, 0)))
     data[21:26] = bytes([data[21] | 0x0F, 255, 255, 255, 255])
-    with pytest.raises(Skip, match="length differs|undecodable"):
+    with pytest.raises(Skip, match=r"length differs|undecodable"):
         decode(bytes(data), 16_000)
 
 

@@ -106,5 +106,5 @@ def test_all_manifests_are_read():
     cards = {p.stem: read_card(p) for p in (MANIFESTS / "corpora").glob("*.yaml")}
     mixes = [read_mix(p.stem, p.parent) for p in MANIFESTS.rglob("*.yaml") if p.parent.name != "corpora"]
     assert {c.name for m in mixes for c in m.cards} == cards.keys()
-    held_out = {(c.shards, c.held_out) for c in cards.values()}
-    assert len(held_out) == len({shards for shards, _ in held_out}), "cards of the same shards hold out different records"
+    rules = {(c.shards, c.held_out) for c in cards.values()}
+    assert len(rules) == len({shards for shards, _ in rules}), "cards of the same shards hold out different records"

@@ -31,7 +31,7 @@ FIELDS: dict[str, dict[str, Any]] = {
 
 @torch.no_grad()
 def lively(module: nn.Module, seed: int) -> None:
-    """Shake what starts at exactly 0 or 1 (biases, norms), so that a forgotten one shows; statistics as of real mels."""
+    """Shake what starts at exactly 0 or 1 (biases, norms), so that a forgotten one shows; statistics of real mels."""
     draw = torch.Generator().manual_seed(seed)
     for parameter in module.parameters():
         if parameter.ndim == 1:

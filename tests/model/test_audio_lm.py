@@ -1,4 +1,4 @@
-"""A packed row gives each conversation what it would get alone: loss, logits and gradients; and audio stands in its place."""
+"""A packed row gives each conversation what it would get alone: loss, logits, gradients, and its audio in its place."""
 
 import dataclasses
 
@@ -54,7 +54,10 @@ def test_a_leak_in_either_tower_would_be_seen(tower, monkeypatch):
     assert difference_to_one_by_one(tiny_lm()) > 1e-3
 
 
-def others(lm: AudioLM, first: list[Sample], second: list[Sample], changed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+Pairs = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def others(lm: AudioLM, first: list[Sample], second: list[Sample], changed: int) -> Pairs:
     """Logits of the unchanged samples in the two packs."""
     rows = [packed(*samples, tail=3) for samples in (first, second)]
     split = [logits(lm.eval(), row).split(row.segments) for row in rows]
@@ -144,7 +147,7 @@ def test_slots_and_tokens_must_be_equal_and_the_samples_are_named():
         tiny_lm()(packed(short))
 
 
-# -- generation -----------------------------------------------------------------------------------------------------------
+# -- generation -------------------------------------------------------------------------------------------------------
 
 
 def prompt(*clips: int) -> tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]:

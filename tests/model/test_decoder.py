@@ -54,7 +54,7 @@ def test_linear_shapes_from_the_config_are_the_real_ones(scale):
     assert real == linear_shapes(decoder.config)
 
 
-# -- against stock transformers -------------------------------------------------------------------------------------------
+# -- against stock transformers ---------------------------------------------------------------------------------------
 
 
 def stock(decoder: Decoder, architecture: str, implementation: str) -> torch.nn.Module:

@@ -71,7 +71,7 @@ def test_no_look_across_chunks():
     assert (first[252:] - second[252:]).abs().min(dim=0).values.max() > 1e-4
 
 
-# -- log-mel ------------------------------------------------------------------------------------------------------------
+# -- log-mel ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("wave", [noise(16_000, 0), noise(50_001, 1, 1e-4), np.zeros(3_200, np.float32)])
@@ -98,7 +98,7 @@ def test_mel_keeps_no_tables_in_the_state():
     assert len(encoder.state_dict()) == 5 + 2 + 2 + 12 * TINY.depth + 2  # as in the release: 395 at depth 32
 
 
-# -- init_bn --------------------------------------------------------------------------------------------------------------
+# -- init_bn ----------------------------------------------------------------------------------------------------------
 
 
 def test_statistics_stand_still_in_training_and_features_are_those_of_eval():

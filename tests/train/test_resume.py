@@ -122,7 +122,9 @@ def test_nan_stops_the_run_and_names_the_sample(tiny, tmp_path, monkeypatch):
         bad = torch.tensor([float("nan") if k == target else 0.0 for k in (*pack.keys, "tail")][: len(loss_S)])
         return loss_S + bad
 
-    target = json.loads((run_stage("stage1_align", tiny, tmp_path / "look") / "ledger/rank0.jsonl").read_text().splitlines()[1])
+    target = json.loads(
+        (run_stage("stage1_align", tiny, tmp_path / "look") / "ledger/rank0.jsonl").read_text().splitlines()[1]
+    )
     target = target["keys"][0].split("/")[1]
     monkeypatch.setattr(AudioLM, "forward", poisoned)
     with pytest.raises(NotFinite, match=target):
@@ -136,7 +138,7 @@ def command(stage: str, tiny, runs: Path, *more: str) -> list[str]:
 def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(tiny, tmp_path):
     """The real signal to the real process, with loader workers; the same command goes on."""
     unbroken = run_stage("stage1_align", tiny, tmp_path / "whole", run__length="40 steps", hardware__workers=1)
-    args = command("stage1_align", tiny, tmp_path / "parts") + ["run.length=40 steps", "hardware.workers=1"]
+    args = [*command("stage1_align", tiny, tmp_path / "parts"), "run.length=40 steps", "hardware.workers=1"]
     process = subprocess.Popen(
         args, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
         env=os.environ | {"HF_HUB_OFFLINE": "1"},
@@ -150,7 +152,9 @@ def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(tiny, tmp_path):
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
     assert "the same command goes on from there" in output
-    done = torch.load(tmp_path / "parts/mini/stage1_align/checkpoints/last.ckpt", weights_only=True)["midasheng"]["step"]
+    done = torch.load(tmp_path / "parts/mini/stage1_align/checkpoints/last.ckpt", weights_only=True)["midasheng"][
+        "step"
+    ]
     assert 3 <= done < 40
     again = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert again.returncode == 0, again.stdout + again.stderr
@@ -166,7 +170,7 @@ def test_two_processes_are_the_same_run_as_one(tiny, tmp_path):
     one = run_stage("stage2_pretrain", tiny, tmp_path / "one", **more)
     settings = [f"{k.replace('__', '.')}={v}" for k, v in more.items()]
     run_stage("stage1_align", tiny, tmp_path / "two", **more)
-    args = command("stage2_pretrain", tiny, tmp_path / "two") + [*settings, "hardware.devices=2"]
+    args = [*command("stage2_pretrain", tiny, tmp_path / "two"), *settings, "hardware.devices=2"]
     done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     two = tmp_path / "two/mini/stage2_pretrain"
@@ -191,7 +195,7 @@ def test_world_size_two_resumes_a_run_of_one(tiny, tmp_path, monkeypatch):
         stop_after(patch, 1)
         with pytest.raises(Stopped):
             run_stage("stage1_align", tiny, tmp_path / "two", **more)
-    args = command("stage1_align", tiny, tmp_path / "two") + ["optim.name=adamw", "hardware.devices=2"]
+    args = [*command("stage1_align", tiny, tmp_path / "two"), "optim.name=adamw", "hardware.devices=2"]
     done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     two = tmp_path / "two/mini/stage1_align"

@@ -1,0 +1,96 @@
+"""Conversations become exactly the ChatML that is written here, and only answers carry labels."""
+
+import numpy as np
+import pytest
+
+from midasheng.config import UserError
+from midasheng.data.chat import Chat
+from midasheng.sample import NO_TARGET, Turn
+
+USER, ANSWER = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+
+
+def clip(tokens: int) -> str:
+    return "<|audio_bos|>" + "<|AUDIO|>" * tokens + "<|audio_eos|>"
+
+
+ASK, TELL = Turn("user", "Which language?", clips=1), Turn("assistant", "A Spanish tone.")
+CASES = {  # turns, audio tokens of their clips, ChatML, answers
+    "one clip": ([ASK, TELL], [3], f"{USER}{clip(3)}Which language?{ANSWER}A Spanish tone.<|im_end|>", ["A Spanish tone."]),
+    "no clip": (
+        [Turn("user", "Sing."), TELL], [], f"{USER}Sing.{ANSWER}A Spanish tone.<|im_end|>", ["A Spanish tone."],
+    ),
+    "two clips": (
+        [Turn("user", "Same?", clips=2), Turn("assistant", "no")], [2, 1],
+        f"{USER}{clip(2)}{clip(1)}Same?{ANSWER}no<|im_end|>", ["no"],
+    ),
+    "text first": (
+        [Turn("user", "Listen:", clips=1, text_first=True), TELL], [1],
+        f"{USER}Listen:{clip(1)}{ANSWER}A Spanish tone.<|im_end|>", ["A Spanish tone."],
+    ),
+    "system and two answers": (
+        [Turn("system", "Be short."), ASK, TELL, Turn("user", "Sure?", clips=1), Turn("assistant", "yes")], [1, 2],
+        f"<|im_start|>system\nBe short.<|im_end|>\n{USER}{clip(1)}Which language?{ANSWER}A Spanish tone.<|im_end|>\n"
+        f"{USER}{clip(2)}Sure?{ANSWER}yes<|im_end|>", ["A Spanish tone.", "yes"],
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_layout_and_labels(chat, case):
+    turns, clip_tokens, chatml, answers = CASES[case]
+    got = chat.encode(turns, clip_tokens)
+    ids = chat.tokenizer(chatml, add_special_tokens=False)["input_ids"]
+    assert got.ids.tolist() == ids
+    assert got.is_audio.tolist() == [i == chat.audio for i in ids]
+    assert got.is_audio.sum() == sum(clip_tokens)
+    labelled = np.flatnonzero(got.labels != NO_TARGET)
+    assert got.labels[labelled].tolist() == [ids[i + 1] for i in labelled]
+    runs = np.split(labelled, np.flatnonzero(np.diff(labelled) > 1) + 1)
+    assert [chat.tokenizer.decode(got.labels[run]) for run in runs] == [f"{a}<|im_end|>" for a in answers]
+    for run in runs:
+        assert chat.tokenizer.decode(ids[: run[0] + 1]).endswith("<|im_start|>assistant\n")
+    assert got.ids.dtype == got.labels.dtype == np.int64
+
+
+@pytest.mark.parametrize(
+    "text", ["no <|im_end|> here", "<|AUDIO|><|audio_bos|>", "<|im_start|>user\n", "<|endoftext|>"]
+)
+def test_text_never_becomes_a_special_token(chat, text):
+    got = chat.encode([Turn("user", text, clips=1), Turn("assistant", text)], [2])
+    special = [chat.im_start, chat.im_end, chat.audio, chat.audio_bos, chat.audio_eos, chat._id("<|endoftext|>")]
+    assert [int((got.ids == s).sum()) for s in special] == [2, 2, 2, 1, 1, 0]
+    assert got.is_audio.sum() == 2
+    answer = got.labels[got.labels != NO_TARGET]
+    assert chat.decode(answer[:-1]) == text
+    assert answer[-1] == chat.im_end
+
+
+def test_opened_answer(chat):
+    got = chat.encode([ASK], [1], answer_follows=True)
+    chatml = f"{USER}{clip(1)}Which language?{ANSWER}"
+    assert got.ids.tolist() == chat.tokenizer(chatml, add_special_tokens=False)["input_ids"]
+    assert (got.labels == NO_TARGET).all()
+
+
+def test_clips_announced_and_given_must_agree(chat):
+    with pytest.raises(AssertionError, match="1 clips announced, 2 given"):
+        chat.encode([ASK, TELL], [1, 1])
+
+
+def test_tokenizer_without_the_audio_token(chat):
+    with pytest.raises(UserError, match=r"no token <\|sound\|>; name one of its reserved tokens .*tokenizer.audio_bos"):
+        Chat(chat.path, "<|audio_bos|>", "<|sound|>", "<|audio_eos|>")
+
+
+def test_tokenizer_that_is_not_there(tmp_path):
+    with pytest.raises(UserError, match=r"tokenizer.path: .*cannot be read.*make data"):
+        Chat(str(tmp_path), "a", "b", "c")
+
+
+def test_saved_tokenizer_is_the_same_one(chat, tmp_path):
+    chat.save(tmp_path)
+    again = Chat(str(tmp_path), "<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>")
+    assert again.fingerprint() == chat.fingerprint()
+    again.tokenizer.add_tokens(["Basque"])
+    assert again.fingerprint() != chat.fingerprint()
