@@ -68,8 +68,6 @@ def scan(path: str, _changed: tuple[int, int]) -> Shard:
                     continue
                 if key in records and key != previous:
                     raise ShardError(f"{path}: the members of record {key} do not lie together")
-                if member.offset_data + member.size > size:
-                    raise ShardError(f"{path}: truncated inside {member.name}; copy or write it again")
                 if extension.lower() in records.setdefault(key, {}):
                     raise ShardError(f"{path}: holds {member.name} twice")
                 records[key][extension.lower()] = Place(path, member.offset_data, member.size)

@@ -33,6 +33,12 @@ class RottenCorpus(UserError):
     """Too many bad records in one corpus."""
 
 
+def trim(folder: Path, from_step: int) -> None:
+    """Before a resume at `from_step`: drop later lines of every rank, also of ranks that the new world lacks."""
+    for path in (*folder.glob("ledger/*.jsonl"), folder / "skipped.jsonl"):
+        drop_after(path, from_step)
+
+
 class Ledger:
     """Writes `ledger/rank*.jsonl` (step, keys) and `skipped.jsonl` into a run folder, and applies the stop rules.
 

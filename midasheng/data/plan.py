@@ -241,14 +241,14 @@ def budget(
 
 
 def steps_of(text: str, name: str, planner: Planner) -> int:
-    """A length ("300 steps", "1.4 epochs", "20 audio_hours", "40000 clips") in steps, at least 1.
+    """A length ("300 steps", "1.4 epochs", "20 audio_hours", "40000 clips") in steps.
 
     An epoch is as many samples as the mix's corpora have records together. Clips and hours per step are the mean of the
     first TRIAL_STEPS steps of the plan. `planner` must stand at its beginning and is used up.
     """
     number, unit = length(text, name)
     if unit == "steps":
-        return max(1, round(number))
+        return round(number)
     trial = [next(planner) for _ in range(TRIAL_STEPS)]
     samples = [s for step in trial for pack in step.packs for s in pack]
     clips = len(samples) / TRIAL_STEPS
@@ -256,5 +256,5 @@ def steps_of(text: str, name: str, planner: Planner) -> int:
     if unit == "audio_hours" and not hours:
         raise UserError(f"{name}: `{text}` in a mix without audio; write steps, clips or epochs")
     if unit == "epochs":
-        return max(1, round(number * sum(len(c.train) for c in planner.corpora) / clips))
-    return max(1, round(number / (clips if unit == "clips" else hours)))
+        return round(number * sum(len(c.train) for c in planner.corpora) / clips)
+    return round(number / (clips if unit == "clips" else hours))

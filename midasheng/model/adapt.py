@@ -185,7 +185,7 @@ def _line(pattern: str, named: dict[str, nn.Parameter], expected: int | None) ->
 
 
 def set_precision(model: AudioLM, precision: str) -> None:
-    """"bf16": what learns stays float32, frozen weights become bf16, autocast bf16. "fp32": everything float32.
+    """What learns stays float32; "bf16" makes frozen weights bf16 and autocasts, "fp32" keeps everything float32.
 
     Statistics of init_bn stay float32 in either.
     """
@@ -197,9 +197,7 @@ def set_precision(model: AudioLM, precision: str) -> None:
 
 def lora_state(model: AudioLM) -> dict[str, Tensor]:
     """LoRA tensors by released names: decoder.model.layers.0.self_attn.q_proj.lora_A.weight, (rank, in)."""
-    return {
-        name.replace(".default.", "."): p.detach() for name, p in model.named_parameters() if ".lora_" in name
-    }
+    return {name.replace(".default.", "."): p.detach() for name, p in model.named_parameters() if ".lora_" in name}
 
 
 def base_state(model: AudioLM) -> dict[str, Tensor]:

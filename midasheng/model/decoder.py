@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
@@ -84,9 +83,3 @@ def linear_shapes(config: Any) -> dict[str, tuple[int, int]]:
         "q_proj": (width, heads), "k_proj": (width, kv_heads), "v_proj": (width, kv_heads), "o_proj": (heads, width),
         "gate_proj": (width, ffn), "up_proj": (width, ffn), "down_proj": (ffn, width),
     }  # fmt: skip
-
-
-def initial_decoder(architecture: str, fields: Mapping[str, Any], *, meta: bool = False) -> Decoder:
-    """A decoder with fresh weights, or without any (`meta`: for counting parameters of a size that does not fit)."""
-    with torch.device("meta" if meta else "cpu"):
-        return Decoder(architecture, fields)

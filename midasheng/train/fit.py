@@ -26,7 +26,7 @@ from midasheng import __version__, config, frames
 from midasheng.config import ConfigError, Loaded, Stage, UserError
 from midasheng.data.chat import Chat
 from midasheng.data.index import CorpusIndex, index_corpus
-from midasheng.data.ledger import Ledger, Skipped
+from midasheng.data.ledger import Ledger, Skipped, trim
 from midasheng.data.loader import first_clips, held_out_packs, train_loader
 from midasheng.data.manifest import Mix, read_mix
 from midasheng.data.plan import Budget, Planner, budget, steps_of
@@ -151,9 +151,8 @@ def read_data(stage: Stage) -> DataRoom:
     def planner() -> Planner:
         return Planner(corpora, mix.percent, shape, stage.run.seed)
 
-    course = Course(
-        steps_of(stage.run.length, "run.length", planner()), steps_of(stage.run.warmup, "run.warmup", planner())
-    )
+    length = max(1, steps_of(stage.run.length, "run.length", planner()))
+    course = Course(length, steps_of(stage.run.warmup, "run.warmup", planner()))
     if course.warmup >= course.steps:
         raise ConfigError(f"run.warmup: {course.warmup} steps of warm-up in a run of {course.steps}; lower run.warmup")
     return DataRoom(mix, chat, corpora, shape, course)
@@ -360,7 +359,8 @@ def fit(order: Order) -> None:
         print(f"{folder} is finished (NAME=... for another run, FRESH=1 to train it again)")
         return
     model, table, plan = build(order, starts)
-    text = header(order, data, verify()) + "\n" + table
+    on_gpu = stage.hardware.accelerator != "cpu" and torch.cuda.is_available()
+    text = header(order, data, verify("cuda" if on_gpu else "cpu")) + "\n" + table
     if first:
         print(text)
         if order.fresh:
@@ -399,6 +399,10 @@ def train(
         logger=TensorBoardLogger(folder, name="", version="tensorboard"),
     )  # fmt: skip
     steps_done = saved["step"] if saved else 0
+    if is_first():
+        trim(folder, steps_done if saved else -1)
+        if not saved:  # killed before its first checkpoint
+            (folder / "metrics.jsonl").unlink(missing_ok=True)
     module.ledger = Ledger(folder, trainer.global_rank, steps_done)
     for corpus in data.corpora:
         left_out = [Skipped(corpus.card.name, key, reason) for key, reason in corpus.skipped]

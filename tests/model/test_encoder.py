@@ -60,6 +60,15 @@ def test_equal_to_dasheng_at_the_size_of_dasheng_base():
         assert (ours - theirs).abs().max() < 1e-4
 
 
+def test_layer_norms_have_dashengs_eps():
+    """It hides in parity: a tenfold eps moves the frames by less than 1e-4."""
+    eps = [
+        {n: m.eps for n, m in model.named_modules() if isinstance(m, torch.nn.LayerNorm)}
+        for model in (DashengEncoder(TINY), reference_encoder(TINY))
+    ]
+    assert eps[0] == eps[1]
+
+
 def test_no_look_across_chunks():
     encoder = DashengEncoder(TINY).eval()
     lively(encoder, 0)
@@ -74,7 +83,13 @@ def test_no_look_across_chunks():
 # -- log-mel ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("wave", [noise(16_000, 0), noise(50_001, 1, 1e-4), np.zeros(3_200, np.float32)])
+LOUD_THEN_SILENT = np.concatenate([noise(16_000, 2, 1.0), np.zeros(16_000, np.float32)])  # here top_db cuts
+
+
+@pytest.mark.parametrize(
+    "wave", [noise(16_000, 0), noise(50_001, 1, 1e-4), np.zeros(3_200, np.float32), LOUD_THEN_SILENT],
+    ids=["noise", "quiet", "silence", "loud, then silence"],
+)  # fmt: skip
 def test_mel_is_torchaudios(wave):
     clip = torch.from_numpy(wave)
     assert (LogMel()(clip) - TORCHAUDIO(clip)).abs().max() < 1e-4  # decibels
