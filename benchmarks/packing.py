@@ -19,7 +19,8 @@ from midasheng.data.loader import load_sample
 from midasheng.model.audio_lm import AudioLM
 from midasheng.model.encoder import EncoderShape
 from midasheng.sample import Pack, pack
-from midasheng.train.fit import command_line, read_data
+from midasheng.train.fit import read_data
+from midasheng.train.order import command_line
 
 
 def seconds(model: AudioLM, packs: list[Pack]) -> float:

@@ -7,7 +7,8 @@ projector between them on general audio captions, and hands its encoder to stage
 import sys
 
 from midasheng.config import Stage
-from midasheng.train.fit import require, run_stage, trains
+from midasheng.train.fit import run_stage
+from midasheng.train.order import require, trains
 
 
 def contract(stage: Stage) -> None:

@@ -7,7 +7,8 @@ projector and LoRA on the large mix, and hands the whole model to stage 3.
 import sys
 
 from midasheng.config import Stage
-from midasheng.train.fit import require, run_stage, trains
+from midasheng.train.fit import run_stage
+from midasheng.train.order import require, trains
 
 
 def contract(stage: Stage) -> None:

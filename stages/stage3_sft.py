@@ -6,7 +6,8 @@ Takes the whole model of stage 2, its LoRA carried over into the wider one, and 
 import sys
 
 from midasheng.config import Stage
-from midasheng.train.fit import require, run_stage, trains
+from midasheng.train.fit import run_stage
+from midasheng.train.order import require, trains
 
 
 def contract(stage: Stage) -> None:

@@ -7,7 +7,8 @@ LoRA cannot adapt a frozen random decoder, so stages 1 and 2 both start from the
 import sys
 
 from midasheng.config import Stage
-from midasheng.train.fit import require, run_stage, trains
+from midasheng.train.fit import run_stage
+from midasheng.train.order import require, trains
 
 
 def contract(stage: Stage) -> None:

@@ -153,8 +153,8 @@ def order_for(
     **more: object,
 ):  # fmt: skip
     """The Order of a stage on the tiny corpus."""
-    from midasheng.train.fit import Order
-    from midasheng.train.fit import config as config_room
+    from midasheng import config as config_room
+    from midasheng.train.order import Order
 
     path = Path(config) if config else CONFIGS / f"{stage}.yaml"
     loaded = config_room.load(path, "mini", tiny.settings(**more), CONFIGS)

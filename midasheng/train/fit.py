@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
-import os
 import shutil
-import signal
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +16,9 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from tqdm import tqdm
 
 from midasheng import __version__, config, frames
-from midasheng.config import ConfigError, Loaded, Stage, UserError
+from midasheng.config import ConfigError, Stage, UserError
 from midasheng.data.chat import Chat
 from midasheng.data.index import CorpusIndex, index_corpus
 from midasheng.data.ledger import Ledger, Skipped, trim
@@ -36,87 +31,15 @@ from midasheng.model.audio_lm import AudioLM
 from midasheng.model.encoder import EncoderShape
 from midasheng.sample import counter_seed
 from midasheng.train import optim
-from midasheng.train.meter import read_metrics
 from midasheng.train.module import Course, StageModule, Stopped, StopRequest
+from midasheng.train.order import Order, check_run_folder, command_line, is_first
+from midasheng.train.progress import ProgressLine, fall, listening
 
-logging.getLogger("lightning.pytorch").setLevel(
-    logging.WARNING
-)  # adverts and "GPU available"; the header says what runs
+# adverts and "GPU available: False": the header of a run says what runs
+logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
 warnings.filterwarnings("ignore", message=".*(isinstance.treespec, LeafSpec.|smaller than the logging interval).*")
 CALIBRATION_CLIPS = 1_000
 MAKE_TARGET = {"stage1_align": "make stage1", "stage2_pretrain": "make stage2", "text_decoder": "make data"}
-
-
-# -- what is asked for ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Order:
-    """One stage to run, as asked for on the command line."""
-
-    loaded: Loaded
-    runs: Path
-    scale: str
-    name: str
-    start_from: str  # run name instead of the stage's own in `start: [{from: STAGE}]`; "" for the stage's own
-    fresh: bool
-
-    @property
-    def stage(self) -> Stage:
-        """The config."""
-        return self.loaded.stage
-
-    @property
-    def folder(self) -> Path:
-        """The run folder."""
-        return self.runs / self.scale / self.name
-
-
-def command_line(default: str, argv: Sequence[str] | None = None) -> Order:
-    """Read a stage's command line; `default` is its config file. Raises ConfigError."""
-    parser = argparse.ArgumentParser(allow_abbrev=False)
-    parser.add_argument("--scale", default="mini")
-    parser.add_argument("--config", default=default)
-    parser.add_argument("--name", default="")
-    parser.add_argument("--from", dest="start_from", default="")
-    parser.add_argument("--runs", default="runs")
-    parser.add_argument("--fresh", action="store_true")
-    parser.add_argument("settings", nargs="*", metavar="key=value")
-    a = parser.parse_args(argv)
-    path = Path(a.config or default)
-    loaded = config.load(path, a.scale, a.settings)
-    return Order(loaded, Path(a.runs), a.scale, a.name or path.stem, a.start_from, a.fresh)
-
-
-def require(good: bool, message: str) -> None:
-    """A stage's contract. Raises ConfigError."""
-    if not good:
-        raise ConfigError(message)
-
-
-def trains(stage: Stage, part: str) -> bool:
-    """Does the stage train tensors of this part (audio_encoder, audio_projector, decoder) themselves, not by LoRA?"""
-    return any(glob.split(".")[0] in (part, "*") for glob in stage.train)
-
-
-def run_stage(default: str, contract: Callable[[Stage], None], argv: Sequence[str] | None = None) -> int:
-    """A stage's whole main: mistakes of the user end in one clear line and exit status 2, a stop in 130."""
-    try:
-        order = command_line(default, argv)
-        contract(order.stage)
-        fit(order)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped before the first step; the same command begins again", file=sys.stderr)
-        return 130
-    except Stopped:
-        if is_first():
-            saved = order.folder / "checkpoints" / "last.ckpt"
-            print(f"stopped; {saved} holds everything: the same command goes on from there")
-        return 130
-    return 0
 
 
 # -- checks before anything is written ---------------------------------------------------------------
@@ -199,44 +122,13 @@ def build(order: Order, starts: Sequence[weights.Start]) -> tuple[AudioLM, str, 
     if stage.lora.inherit == "carry":
         whole = [s for s in starts if adapt.matches("decoder.model.layers.0.self_attn.q_proj.weight", s.take)]
         carried = sum(weights.carry_lora(model, s.source, plan) for s in whole)
-    optim.groups(
-        model.named_parameters(), stage.optim
-    )  # a glob of lr_for that matches nothing is an error here already
+    optim.groups(model.named_parameters(), stage.optim)  # so that a wrong lr_for is an error before anything is written
     adapt.set_precision(model, stage.run.precision)
     table = adapt.learns(model, stage.train, adapted, stage.lora.rank).table()
     lines = [f"{'origin':34}{'part':>18}{'tensors':>8}"] + [f"{o:34}{p:>18}{n:8}" for o, p, n in origins]
     if carried:
         lines.append(f"LoRA of {carried} layers carried over, the others fresh")
     return model, "\n".join(lines) + "\n\n" + table + "\n", plan
-
-
-def is_first() -> bool:
-    """Is this the process that writes? Lightning starts the others with LOCAL_RANK set."""
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("NODE_RANK", "0")) == 0
-
-
-def check_run_folder(order: Order, inputs: dict[str, Any]) -> str:
-    """ "new", "unfinished" or "finished". Raises ConfigError when the folder holds a run with other settings."""
-    folder = order.folder
-    if not (folder / "config.yaml").is_file():
-        return "new"
-    before, now = config.saved(folder / "config.yaml"), config.binding(order.stage)
-    for name in sorted(set(now) | set(before) - config.free_keys()):
-        if before.get(name) != now.get(name):
-            raise ConfigError(
-                f"{folder} holds a run with {name} = {json.dumps(before.get(name))}, this one has "
-                f"{json.dumps(now.get(name))}; keep both with NAME=..., or write over it with FRESH=1"
-            )
-    was = json.loads((folder / "inputs.json").read_text(encoding="utf-8"))
-    remedy = "train this stage again with FRESH=1, or keep both with NAME=..."
-    if was["plan"] != inputs["plan"]:
-        raise ConfigError(
-            f"{folder} was trained on other data (shards, cards or tokenizer have changed since); {remedy}"
-        )
-    if was["parents"] != inputs["parents"]:
-        other = next(p["from"] for p in [*inputs["parents"], *was["parents"]] if p not in was["parents"])
-        raise ConfigError(f"{folder} started from {other} when its weights were others (trained again since); {remedy}")
-    return "finished" if (folder / "weights" / "stage.json").is_file() else "unfinished"
 
 
 def parents_of(starts: Sequence[weights.Start]) -> list[dict[str, Any]]:
@@ -253,59 +145,6 @@ def parents_of(starts: Sequence[weights.Start]) -> list[dict[str, Any]]:
 
 
 # -- running ----------------------------------------------------------------------------------
-
-
-@contextmanager
-def listening(stop: StopRequest) -> Iterator[None]:
-    """Ctrl-C or SIGTERM asks for a stop between steps; a second one ends the process at once."""
-
-    def on_signal(number: int, _: object) -> None:
-        if is_first():
-            print("\nstopping after this step (again: at once, back to the last checkpoint)", flush=True)
-        stop.requested = True
-        signal.signal(number, signal.SIG_DFL)
-
-    before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-class ProgressLine(L.Callback):
-    """One line that moves: steps, loss of the last row, validation loss; a plain line a row without a terminal."""
-
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Begin at the step of a resume."""
-        module = _stage_module(pl_module)
-        self.terminal = sys.stderr.isatty()
-        self.bar = tqdm(
-            total=module.course.steps, initial=module.done, desc=module.stage.name, unit="step", mininterval=0.5,
-            disable=not (trainer.is_global_zero and self.terminal), dynamic_ncols=True,
-        )  # fmt: skip
-        self.before: dict[str, float] = {}
-
-    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """One step on."""
-        module = _stage_module(pl_module)
-        if self.terminal:
-            self.bar.set_postfix({k: f"{v:.3f}" for k, v in module.shown.items()}, refresh=False)
-            self.bar.update(module.done - self.bar.n)
-        elif trainer.is_global_zero and module.shown != self.before:
-            shown = "  ".join(f"{k} {v:.3f}" for k, v in sorted(module.shown.items()))
-            print(f"{module.stage.name} step {module.done}/{module.course.steps}  {shown}", flush=True)
-        self.before = dict(module.shown)
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Leave the line as it is, also after a stop."""
-        if hasattr(self, "bar"):
-            self.bar.close()
-
-
-def _stage_module(module: L.LightningModule) -> StageModule:
-    assert isinstance(module, StageModule)
-    return module
 
 
 def git_commit() -> str:
@@ -433,18 +272,30 @@ def train(
             audio_token_id=data.chat.audio, save_tokenizer=data.chat.save,
         )  # fmt: skip
         skipped = f"skipped: {module.ledger.summary()}"
-        print(f"{stage.name}: {module.done} steps{_fall(folder)}; weights in {folder / 'weights'}; {skipped}")
-
-
-def _fall(folder: Path) -> str:
-    """How far validation loss fell, as text."""
-    losses = [row["val_loss"] for row in read_metrics(folder / "metrics.jsonl") if "val_loss" in row]
-    return (
-        f", validation loss {losses[0]:.3f} -> {losses[-1]:.3f} ({losses[-1] / losses[0] - 1:+.1%})" if losses else ""
-    )
+        print(f"{stage.name}: {module.done} steps{fall(folder)}; weights in {folder / 'weights'}; {skipped}")
 
 
 def calibrates(stage: Stage, corpora: Sequence[CorpusIndex]) -> bool:
     """A fresh encoder that will hear audio needs one pass for the statistics of init_bn; a loaded one brings them."""
     fresh = adapt.matches("audio_encoder.init_bn.running_mean", stage.fresh)
     return fresh and any(c.card.audio for c in corpora)
+
+
+def run_stage(default: str, contract: Callable[[Stage], None], argv: Sequence[str] | None = None) -> int:
+    """A stage's whole main: mistakes of the user end in one clear line and exit status 2, a stop in 130."""
+    try:
+        order = command_line(default, argv)
+        contract(order.stage)
+        fit(order)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped before the first step; the same command begins again", file=sys.stderr)
+        return 130
+    except Stopped:
+        if is_first():
+            saved = order.folder / "checkpoints" / "last.ckpt"
+            print(f"stopped; {saved} holds everything: the same command goes on from there")
+        return 130
+    return 0

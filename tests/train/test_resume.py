@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from midasheng.train import fit as fit_room
+from midasheng.train import order as order_room
 from midasheng.train.meter import read_metrics
 from midasheng.train.module import NotFinite, StageModule, Stopped
 from tests.conftest import order_for, run_stage
@@ -219,7 +220,7 @@ def test_world_size_two_resumes_a_run_of_one(tiny, tmp_path, monkeypatch):
 def test_order_for_is_what_the_command_line_gives(tiny, tmp_path):
     """The helper of these tests reads configs as the command does."""
     by_hand = order_for("stage1_align", tiny, tmp_path)
-    by_command = fit_room.command_line(
+    by_command = order_room.command_line(
         str(ROOT / "configs/stage1_align.yaml"), ["--runs", str(tmp_path), *tiny.settings()]
     )
     assert by_hand.stage == by_command.stage

@@ -1,0 +1,78 @@
+"""What a person sees and does while a stage trains: the progress line, Ctrl-C, and the summary at the end."""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from tqdm import tqdm
+
+from midasheng.train.meter import read_metrics
+from midasheng.train.module import StageModule, StopRequest
+from midasheng.train.order import is_first
+
+
+@contextmanager
+def listening(stop: StopRequest) -> Iterator[None]:
+    """Ctrl-C or SIGTERM asks for a stop between steps; a second one ends the process at once."""
+
+    def on_signal(number: int, _: object) -> None:
+        if is_first():
+            print("\nstopping after this step (again: at once, back to the last checkpoint)", flush=True)
+        stop.requested = True
+        signal.signal(number, signal.SIG_DFL)
+
+    before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class ProgressLine(L.Callback):
+    """One line that moves: steps, loss of the last row, validation loss; a plain line a row without a terminal."""
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Begin at the step of a resume."""
+        module = _stage_module(pl_module)
+        self.terminal = sys.stderr.isatty()
+        self.bar = tqdm(
+            total=module.course.steps, initial=module.done, desc=module.stage.name, unit="step", mininterval=0.5,
+            disable=not (trainer.is_global_zero and self.terminal), dynamic_ncols=True,
+        )  # fmt: skip
+        self.before: dict[str, float] = {}
+
+    def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """One step on."""
+        module = _stage_module(pl_module)
+        if self.terminal:
+            self.bar.set_postfix({k: f"{v:.3f}" for k, v in module.shown.items()}, refresh=False)
+            self.bar.update(module.done - self.bar.n)
+        elif trainer.is_global_zero and module.shown != self.before:
+            shown = "  ".join(f"{k} {v:.3f}" for k, v in sorted(module.shown.items()))
+            print(f"{module.stage.name} step {module.done}/{module.course.steps}  {shown}", flush=True)
+        self.before = dict(module.shown)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Leave the line as it is, also after a stop."""
+        if hasattr(self, "bar"):
+            self.bar.close()
+
+
+def _stage_module(module: L.LightningModule) -> StageModule:
+    assert isinstance(module, StageModule)
+    return module
+
+
+def fall(folder: Path) -> str:
+    """How far validation loss fell, as text."""
+    losses = [row["val_loss"] for row in read_metrics(folder / "metrics.jsonl") if "val_loss" in row]
+    return (
+        f", validation loss {losses[0]:.3f} -> {losses[-1]:.3f} ({losses[-1] / losses[0] - 1:+.1%})" if losses else ""
+    )
