@@ -43,7 +43,8 @@ stage3: setup  ## supervised fine-tuning of the whole of stage 2, LoRA on all li
 	@$(call STAGE,stage3_sft)
 
 stages:  ## data, then the three stages one after the other, then the curves
-	@for verb in data stage1 stage2 stage3 curves; do $(MAKE) --no-print-directory $$verb || exit $$?; done
+	@[ -z "$(NAME)$(CONFIG)$(FROM)" ] || { echo "error: NAME, CONFIG and FROM belong to one stage: make stage1 NAME=..."; exit 2; }
+	@for verb in $(if $(filter mini,$(SCALE)),data) stage1 stage2 stage3 curves; do $(MAKE) --no-print-directory $$verb || exit $$?; done
 
 curves: setup  ## draw the loss of every run of SCALE into $(RUNS)/$(SCALE)/curves.png, print a table
 	@$(PY) -m stages.curves --scale "$(SCALE)" --runs "$(RUNS)"
