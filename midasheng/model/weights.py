@@ -367,7 +367,7 @@ def hand_off(
     """Write weights/: model*.safetensors under released names, adapter/ in peft's format, tokenizer, config.json and
     stage.json. All or nothing: written beside and renamed. Returns stage.json's content.
 
-    Raises AssertionError when a part that was trained is bit-identical to what it started from.
+    Raises AssertionError when a part that was trained is bit-identical to what it started from, or LoRA has no effect.
     """
     base = {n: t.cpu().contiguous() for n, t in base_state(model).items()}
     trained = {p: any(q.requires_grad for q in getattr(model, p).parameters()) for p in PARTS}
@@ -376,6 +376,9 @@ def hand_off(
     full = {p: trained[p] and not (p == "decoder" and plan is not None) for p in PARTS}
     for part in PARTS:
         assert not full[part] or ends[part] != start_digests[part], f"{part} was trained but did not change"
+    if plan is not None:  # a fresh B is zero, and LoRA without effect
+        moved = any(bool(t.any()) for n, t in lora_state(model).items() if n.endswith(".lora_B.weight"))
+        assert moved, "LoRA was trained but every B is still zero"
     temporary = folder.with_name(folder.name + ".part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)

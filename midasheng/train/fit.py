@@ -205,9 +205,10 @@ def fit(order: Order) -> None:
         if order.fresh:
             shutil.rmtree(folder, ignore_errors=True)
         (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(order.loaded.yaml(), encoding="utf-8")
         (folder / "trainable.txt").write_text(text, encoding="utf-8")
         (folder / "inputs.json").write_text(json.dumps(inputs, indent=2) + "\n", encoding="utf-8")
+        # last: from here on the folder is a run
+        (folder / "config.yaml").write_text(order.loaded.yaml(), encoding="utf-8")
     train(order, data, planner, model, plan, inputs)
 
 
@@ -291,7 +292,7 @@ def run_stage(default: str, contract: Callable[[Stage], None], argv: Sequence[st
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("stopped before the first step; the same command begins again", file=sys.stderr)
+        print("interrupted outside a step; the same command goes on, or begins again", file=sys.stderr)
         return 130
     except Stopped:
         if is_first():
