@@ -318,22 +318,34 @@ def load(config: Path, scale: str, settings: list[str], configs: Path = Path("co
         try:
             merged = OmegaConf.merge(merged, values)
         except OmegaConfBaseException as error:
-            raise ConfigError(f"{layer}: {error.full_key or ''}: {str(error).splitlines()[0]}") from None
+            raise ConfigError(f"{layer}: {_explained(error)}") from None
         origin |= dict.fromkeys(flat(values), layer)
     try:
         stage = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise ConfigError(f"{config.name}: {error.full_key or ''}: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{config.name}: {_explained(error)}") from None
     assert isinstance(stage, Stage)
     _check_values(stage)
     return Loaded(stage, origin)
+
+
+def _explained(error: OmegaConfBaseException) -> str:
+    """omegaconf's message in words that name the key and what to write."""
+    name, first = error.full_key or "", str(error).splitlines()[0]
+    if "is not a ListConfig" in first:
+        return f"{name}: write a list, e.g. {name}=[...]"
+    if "'None'" in first:
+        return f"{name}: is empty; give it a value or leave it out"
+    return f"{name}: {first}"
 
 
 def length(text: str, name: str) -> tuple[float, str]:
     """ "1.4 epochs" -> (1.4, "epochs"); units: steps, clips, audio_hours, epochs."""
     match = re.fullmatch(r"\s*([0-9]+(?:\.[0-9]*)?(?:e[0-9]+)?)\s*(steps|clips|audio_hours|epochs)\s*", text)
     if not match:
-        raise ConfigError(f"{name}: `{text}` is no length; write e.g. `1000 steps`, `1.4 epochs`, `20 audio_hours`")
+        raise ConfigError(
+            f"{name}: `{text}` is no length; write e.g. `1000 steps`, `1.4 epochs`, `20 audio_hours`, `9 clips`"
+        )
     return float(match[1]), match[2]
 
 
@@ -351,7 +363,12 @@ def _check_values(stage: Stage) -> None:
     for position, start in enumerate(stage.start):
         good = isinstance(start, dict) and set(start) == {"from", "take"} and isinstance(start["take"], list)
         require(good, f"start[{position}]: write {{from: STAGE or path, take: [globs]}}, not {start}")
-        require(bool(start["from"]), f"start[{position}].from is empty; set weights.decoder / weights.encoder")
+        require(
+            bool(start["from"]),
+            f"start[{position}].from is empty: this scale needs pretrained weights for {start['take']}, a Dasheng .pt "
+            'file, a folder with safetensors or a hub id; e.g. SET="weights.encoder=PATH/dasheng_06b.pt '
+            'weights.decoder=PATH/Qwen2.5-Omni-7B"',
+        )
     require(
         stage.run.precision in ("bf16", "fp32"),
         f"run.precision: {stage.run.precision!r} is not offered; write bf16 (trained weights in fp32, frozen ones and "
@@ -365,7 +382,17 @@ def _check_values(stage: Stage) -> None:
     require(stage.batch.packs_per_step > 0, f"batch.packs_per_step: {stage.batch.packs_per_step}; at least 1")
     require(len(stage.optim.betas) == 2, f"optim.betas: {stage.optim.betas}; two numbers")
     require(min(stage.log.every, stage.log.val_every, stage.log.checkpoint_every) > 0, "log.*: steps are at least 1")
-    length(stage.run.length, "run.length")
+    optim = stage.optim
+    for name, low, value, high in (
+        ("lora.dropout", 0, stage.lora.dropout, 1), ("optim.lr", 0, optim.lr, 1e3), ("optim.eps", 0, optim.eps, 1),
+        ("optim.weight_decay", 0, optim.weight_decay, 1e3), ("optim.final_lr", 0, optim.final_lr, 1),
+        ("optim.clip_norm", 0, optim.clip_norm, 1e9), ("run.seed", 0, stage.run.seed, 2**63),
+        *((f"optim.betas[{i}]", 0, b, 1) for i, b in enumerate(optim.betas)),
+        *((f"optim.lr_for[{glob}]", 0, lr, 1e3) for glob, lr in optim.lr_for.items()),
+    ):  # fmt: skip
+        require(low <= value <= high, f"{name}: {value} is not between {low} and {high:g}")
+    require(stage.lora.dropout < 1 and optim.clip_norm > 0, "lora.dropout must be below 1, optim.clip_norm above 0")
+    require(length(stage.run.length, "run.length")[0] > 0, f"run.length: `{stage.run.length}` trains nothing")
     length(stage.run.warmup, "run.warmup")
 
 
@@ -392,7 +419,8 @@ def fingerprint(stage: Stage) -> str:
 def keys_table() -> str:
     """All keys with default and sentence, for `make keys`."""
     defaults = flat(dataclasses.asdict(Stage()))
-    return "\n".join(
+    lines = [
         f"{name:26} {json.dumps(defaults[name]):28} {item.metadata['doc']}{' [free]' if item.metadata['free'] else ''}"
         for name, item in schema().items()
-    )
+    ]
+    return "\n".join([*lines, "[free]: may change between a run and its resume; every other key may not"])

@@ -158,7 +158,7 @@ def test_written_config_reads_back_to_the_same_values(path):
 def test_keys_are_documented_and_the_right_ones_are_free():
     free = {name for name, item in schema().items() if item.metadata["free"]}
     assert free == {n for n in schema() if n.startswith(("hardware.", "log."))} | {"data.val_clips"}
-    table = dict(line.split(maxsplit=1) for line in keys_table().splitlines())
+    table = dict(line.split(maxsplit=1) for line in keys_table().splitlines()[:-1])
     assert table.keys() == schema().keys() == flat(asdict(load(STAGE2, "mini", [], CONFIGS).stage)).keys()
     for name, item in schema().items():
         doc = item.metadata["doc"]
@@ -199,7 +199,7 @@ def test_every_stage_file_loads_at_every_scale(path):
             continue  # the other scales have published text weights
         else:
             if "stage1" in path.stem:
-                with pytest.raises(ConfigError, match=r"set weights\.decoder / weights\.encoder"):
+                with pytest.raises(ConfigError, match="this scale needs pretrained weights"):
                     load(path, scale, [], CONFIGS)
             loaded = load(path, scale, ["weights.encoder=dasheng.pt"], CONFIGS)
             assert loaded.stage.weights.encoder == "dasheng.pt"

@@ -127,7 +127,9 @@ def read_mix(name: str, manifests: Path) -> Mix:
     path = manifests / f"{name}.yaml"
     if not path.is_file():
         there = ", ".join(sorted(p.stem for p in manifests.glob("*.yaml"))) or "none"
-        raise ManifestError(f"data.mix: no manifest {path} (there are: {there})")
+        raise ManifestError(
+            f"data.mix: no manifest {path} (there are: {there}); for your own set data.manifests, data.mix, data.root"
+        )
     content = _mapping(path)
     corpora = content.get("corpora")
     if set(content) != {"corpora"} or not isinstance(corpora, dict) or not corpora:

@@ -77,7 +77,10 @@ def read_data(stage: Stage) -> DataRoom:
     length = max(1, steps_of(stage.run.length, "run.length", planner()))
     course = Course(length, steps_of(stage.run.warmup, "run.warmup", planner()))
     if course.warmup >= course.steps:
-        raise ConfigError(f"run.warmup: {course.warmup} steps of warm-up in a run of {course.steps}; lower run.warmup")
+        raise ConfigError(
+            f"run.warmup: {course.warmup} steps of warm-up in a run of {course.steps} steps "
+            f"(run.length: {stage.run.length}); lower it, or raise run.length"
+        )
     return DataRoom(mix, chat, corpora, shape, course)
 
 
@@ -91,7 +94,10 @@ def open_starts(order: Order) -> list[weights.Start]:
             folder = order.runs / order.scale / (order.start_from or origin)
             if not folder.is_dir():
                 first = MAKE_TARGET.get(origin, f"the stage {origin}")
-                raise weights.WeightsError(f"start: there is no run {folder}; run `{first}` first, or say FROM=NAME")
+                there = ", ".join(sorted(p.name for p in folder.parent.glob("*/"))) or "none"
+                raise weights.WeightsError(
+                    f"start: there is no run {folder}; run `{first}` first, or say FROM=NAME (runs there: {there})"
+                )
             source = weights.open_source(str(folder))
             weights.check_stage(source, origin)
         else:

@@ -48,14 +48,21 @@ class ProgressLine(L.Callback):
         )  # fmt: skip
         self.before: dict[str, float] = {}
 
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
+        """What was measured before the first step."""
+        self._show(trainer, _stage_module(pl_module))
+
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """One step on."""
-        module = _stage_module(pl_module)
+        self._show(trainer, _stage_module(pl_module))
+
+    def _show(self, trainer: L.Trainer, module: StageModule) -> None:
+        new = {k: v for k, v in module.shown.items() if self.before.get(k) != v}
         if self.terminal:
             self.bar.set_postfix({k: f"{v:.3f}" for k, v in module.shown.items()}, refresh=False)
             self.bar.update(module.done - self.bar.n)
-        elif trainer.is_global_zero and module.shown != self.before:
-            shown = "  ".join(f"{k} {v:.3f}" for k, v in sorted(module.shown.items()))
+        elif new and trainer.is_global_zero:
+            shown = "  ".join(f"{k} {v:.3f}" for k, v in sorted(new.items()))
             print(f"{module.stage.name} step {module.done}/{module.course.steps}  {shown}", flush=True)
         self.before = dict(module.shown)
 
