@@ -13,6 +13,9 @@ PY     := .venv/bin/python
 STAGE   = $(PY) -m stages.$(1) --scale "$(SCALE)" --runs "$(RUNS)" $(if $(CONFIG),--config "$(CONFIG)") \
           $(if $(NAME),--name "$(NAME)") $(if $(FROM),--from "$(FROM)") $(if $(FRESH),--fresh) $(SET)
 
+# pip does not compile (three times faster): the first import does, and must be allowed to keep it
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup data stage1 stage2 stage3 stages curves keys test lint
 
