@@ -1,7 +1,7 @@
 """(seed, mix, index) -> the packs of every step. Sampling without replacement, two budgets, exact resume on any world.
 
-The order never depends on the number of ranks or workers: two-level shuffle by a counter generator, systematic mixing in
-blocks, packing under slots and frames with gap fill; a step's packs are dealt to the ranks afterwards.
+The order never depends on the number of ranks or workers: two-level shuffle by a counter generator, systematic mixing
+in blocks, packing under slots and frames with gap fill; a step's packs are dealt to the ranks afterwards.
 """
 
 from __future__ import annotations
