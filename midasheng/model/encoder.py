@@ -194,7 +194,9 @@ class DashengEncoder(nn.Module):
         x_FE = self.patch_embed.proj(mel[None, None])[0, :, 0].T
         chunk_frames = [length for n in n_frames for length in frames.chunks(n)]
         place = torch.cat([torch.arange(n, device=audio_L.device) for n in chunk_frames])
-        x_FE = x_FE + (self.time_pos_embed + self.freq_pos_embed)[0, :, 0].T[place]
+        positions = (self.time_pos_embed + self.freq_pos_embed)[0, :, 0].T
+        # not positions[place]: its backward adds in the order in which CPU threads arrive, so no two runs are equal
+        x_FE = x_FE + positions.index_select(0, place)
         for block in self.blocks:
             x_FE = block(x_FE, chunk_frames)
         return self.norm(x_FE)
