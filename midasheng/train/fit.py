@@ -84,13 +84,17 @@ def read_data(stage: Stage) -> DataRoom:
     return DataRoom(mix, chat, corpora, shape, course)
 
 
+def names_stage(origin: str) -> bool:
+    """Is a `from` the name of a stage (a run folder below RUNS), and not a path or a hub id?"""
+    return "/" not in origin and not origin.endswith(".pt") and not Path(origin).is_dir()
+
+
 def open_starts(order: Order) -> list[weights.Start]:
     """Open and check every source of `start`. Raises UserError."""
     starts = []
     for entry in order.stage.start:
         origin, take = str(entry["from"]), tuple(str(t) for t in entry["take"])
-        is_stage = "/" not in origin and not origin.endswith(".pt") and not Path(origin).is_dir()
-        if is_stage:
+        if names_stage(origin):
             folder = order.runs / order.scale / (order.start_from or origin)
             if not folder.is_dir():
                 first = MAKE_TARGET.get(origin, f"the stage {origin}")
@@ -106,7 +110,7 @@ def open_starts(order: Order) -> list[weights.Start]:
             source = weights.open_source(origin)
         weights.check_learned(source, take)
         starts.append(weights.Start(source, take))
-    if order.start_from and not any("/" not in str(e["from"]) for e in order.stage.start):
+    if order.start_from and not any(names_stage(str(e["from"])) for e in order.stage.start):
         raise ConfigError(f"FROM={order.start_from}: this stage starts from no other stage")
     return starts
 
