@@ -55,7 +55,14 @@ class Data:
     manifests: str = key("data_manifests/mini", "folder of the mixes; the cards lie in ../corpora beside it")
     root: str = key("data/mini/shards", "folder that the shard patterns of the cards are relative to")
     max_audio_s: float = key(30.0, "longer clips (seconds) are skipped and counted as `too long`")
+    clips: str = key(
+        "heard",
+        "heard; left_out: no conversation holds its clip (the text-only control); told: text pretraining, two of "
+        "three samples with the card's `context` in words where the clip will stand, the third with nothing",
+    )
     val_clips: int = key(64, "held-out records per corpus that are validated on", free=True)
+    also: list[str] = key([], "other mixes to look at, at the start and at the end: their held-out records", free=True)
+    answers: int = key(0, "held-out clips per closed question that are answered at the end; 0: none", free=True)
 
 
 @dataclass
@@ -266,16 +273,16 @@ def _check_keys(layer: str, content: dict[str, Any]) -> None:
         raise ConfigError(f"{layer}: unknown key `{name}`{hint} (`make keys` lists all keys)")
 
 
-def _per_stage(path: Path, stages: Any, configs: Path) -> dict[str, dict[str, Any]]:
+def _per_stage(layer: str, stages: Any, configs: Path) -> dict[str, dict[str, Any]]:
     """A scale's overrides by stage; the name of no stage would never be read, so it is an error."""
     known = [p.stem for p in sorted(configs.glob("*.yaml"))]
     if not isinstance(stages, dict) or not all(isinstance(values, dict) for values in stages.values()):
-        raise ConfigError(f"{path.name}: write `stages:`, below it a stage's name, below that its keys")
+        raise ConfigError(f"{layer}: write `stages:`, below it a stage's name, below that its keys")
     for name in stages:
         if name not in known:
             near = difflib.get_close_matches(str(name), known, n=1)
             hint = f"; did you mean `{near[0]}`?" if near else ""
-            raise ConfigError(f"{path.name}: stages.{name} is no stage{hint} (there are: {', '.join(known)})")
+            raise ConfigError(f"{layer}: stages.{name} is no stage{hint} (there are: {', '.join(known)})")
     return stages
 
 
@@ -296,11 +303,11 @@ def load(config: Path, scale: str, settings: list[str], configs: Path = Path("co
     layers = _stage_layers(config.resolve())
     name = next((c["name"] for _, c in reversed(layers) if c.get("name")), "")
     scale_path = configs / "scale" / f"{scale}.yaml"
-    content = _read(scale_path)
-    per_stage = _per_stage(scale_path, content.pop("stages", None) or {}, configs)
-    layers.append((scale_path.name, content))
-    if name in per_stage:
-        layers.append((f"{scale_path.name} (stages.{name})", per_stage[name]))
+    for layer, content in _stage_layers(scale_path):  # a scale may include another one, as a stage file may
+        per_stage = _per_stage(layer, content.pop("stages", None) or {}, configs)
+        layers.append((layer, content))
+        if name in per_stage:
+            layers.append((f"{layer} (stages.{name})", per_stage[name]))
     for setting in settings:
         if "=" not in setting or setting.startswith("="):
             raise ConfigError(f"SET: `{setting}` is not of the form key=value")
@@ -374,6 +381,8 @@ def _check_values(stage: Stage) -> None:
         f"run.precision: {stage.run.precision!r} is not offered; write bf16 (trained weights in fp32, frozen ones and "
         "compute in bf16) or fp32. With weights in bf16 a weight of 0.02 does not move at a learning rate of 1e-5",
     )
+    clips = stage.data.clips
+    require(clips in ("heard", "left_out", "told"), f"data.clips: {clips!r}; write heard, left_out or told")
     require(stage.optim.name in ("adamw8bit", "adamw"), f"optim.name: {stage.optim.name!r}; write adamw8bit or adamw")
     require(stage.lora.inherit in ("carry", "merge"), f"lora.inherit: {stage.lora.inherit!r}; write carry or merge")
     require(stage.lora.rank > 0, f"lora.rank: {stage.lora.rank}; a rank is at least 1 (no LoRA is `lora.targets: []`)")

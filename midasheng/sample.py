@@ -36,12 +36,16 @@ def counter_seed(*parts: object) -> int:
 
 @dataclass(frozen=True)
 class Turn:
-    """One turn of a conversation. `clips` audio clips stand before its text (after it where `text_first`)."""
+    """One turn of a conversation. `clips` audio clips stand before its text (after it where `text_first`).
+
+    `told`: words where a clip will stand, between the same two tokens; for text pretraining.
+    """
 
     role: str  # "system", "user" or "assistant"
     text: str
     clips: int = 0
     text_first: bool = False
+    told: str = ""
 
 
 @dataclass(frozen=True)

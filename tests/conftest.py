@@ -50,7 +50,10 @@ def record(number: int) -> dict[str, object]:
         "source": f"tone {number}", "language_name": language, "language": language[:2].lower(),
         "text": f"tone number {number} of the {language} choir",
         "captions": [f"A tone, number {number}.", f"A {language} tone sounds.", f"Somebody plays tone {number}."],
-        "questions": [{"question": "Which language?", "answer": language}, {"question": "Is it a tone?", "answer": "yes"}],
+        "questions": [
+            {"question": "Which language?", "answer": language}, {"question": "Is it a tone?", "answer": "yes"},
+            {"question": "Is the number even?", "answer": "no" if number % 2 else "yes"},
+        ],
     }  # fmt: skip
 
 
@@ -88,7 +91,7 @@ class Tiny:
             "weights.decoder": self.root / "text_decoder",
             "batch.clips_per_step": 6, "batch.packs_per_step": 2, "run.length": "4 steps", "run.warmup": "1 steps",
             "log.every": 1, "log.val_every": 2, "log.checkpoint_every": 2, "log.progress": "false",
-            "hardware.workers": 0, "hardware.threads": 1, "data.val_clips": 4,
+            "hardware.workers": 0, "hardware.threads": 1, "data.val_clips": 4, "data.also": "[]", "data.answers": 0,
         }  # fmt: skip
         values |= {k.replace("__", "."): v for k, v in more.items()}
         return [f"{k}={v}" for k, v in values.items()]
@@ -104,12 +107,15 @@ def make_tiny(root: Path, clips: int = 42) -> Tiny:
     write_shard(tiny.shards / "tiny-000001.tar", members[half:])
     held_out = {"by": "source", "share": 0.2, "max": 16}
     common = {"shards": "tiny-*.tar", "licence": "none", "languages": ["en"], "held_out": held_out}
+    clip = {"context": "{language_name}, tone: {text}", "alike": "language"}
     cards = {
-        "tiny_caption": {"task": "caption", "prompts": ["Write a general audio caption"], "answer": "captions"},
-        "tiny_asr": {"task": "asr", "prompts": ["Transcribe the speech into text <|{language}|>"], "answer": "text"},
-        "tiny_qa": {"task": "qa", "pairs": "questions"},
+        "tiny_caption": {"task": "caption", "prompts": ["Write a general audio caption"], "answer": "captions", **clip},
+        "tiny_asr": {
+            "task": "asr", "prompts": ["Transcribe the speech into text <|{language}|>"], "answer": "text", **clip,
+        },
+        "tiny_qa": {"task": "qa", "pairs": "questions", **clip},
         "tiny_text": {"task": "text", "audio": False, "prompts": ["Write a sentence."], "answer": "text"},
-    }
+    }  # fmt: skip
     corpora = root / "manifests" / "corpora"
     corpora.mkdir(parents=True)
     tiny.manifests.mkdir(parents=True)
@@ -117,7 +123,7 @@ def make_tiny(root: Path, clips: int = 42) -> Tiny:
         (corpora / f"{name}.yaml").write_text(yaml.safe_dump({"name": name, **common, **card}))
     mixes = {
         "align": {"tiny_caption": 100}, "pretrain": {"tiny_asr": 60, "tiny_caption": 40}, "sft": {"tiny_qa": 100},
-        "text": {"tiny_text": 100},
+        "text": {"tiny_caption": 40, "tiny_asr": 20, "tiny_qa": 20, "tiny_text": 20},
     }  # fmt: skip
     for name, mix in mixes.items():
         (tiny.manifests / f"{name}.yaml").write_text(yaml.safe_dump({"corpora": mix}))

@@ -53,6 +53,7 @@ def small(tmp_path: Path, stage: str = SMALL, scale: str = "{}", settings: tuple
         ("run: {precision: fp16}", "run.precision"),
         ("optim: {name: sgd}", "adamw8bit or adamw"),
         ("batch: {kind: huge}", "report or throughput"),
+        ("data: {clips: none}", "data.clips: 'none'; write heard, left_out or told"),
     ],
 )
 def test_a_mistake_in_any_layer_is_named(tmp_path, wrong, says):
@@ -121,6 +122,40 @@ def test_include_chain_and_cycle(tmp_path):
         small(tmp_path, SMALL + "include: middle.yaml", middle="include: stage1_align.yaml")
 
 
+def test_a_scale_includes_another_one(tmp_path):
+    """The included scale with its part for the stage lies below the whole of the including one."""
+    base = """
+        lora: {rank: 1, alpha: 1, dropout: 0.1}
+        run: {seed: 1}
+        stages: {stage1_align: {lora: {alpha: 2, dropout: 0.2}, run: {seed: 2}, log: {every: 2}}, other: {log: {every: 9}}}
+        """
+    top = """
+        include: base.yaml
+        lora: {dropout: 0.3}
+        run: {seed: 3}
+        stages: {stage1_align: {run: {seed: 4}}}
+        """
+    (tmp_path / "scale").mkdir()
+    (tmp_path / "scale" / "base.yaml").write_text(base)
+    loaded = small(tmp_path, scale=top, other="name: other")
+    expected = {
+        "lora.rank": (1, "base.yaml"), "lora.alpha": (2, "base.yaml (stages.stage1_align)"),
+        "lora.dropout": (0.3, "s.yaml"), "run.seed": (4, "s.yaml (stages.stage1_align)"),
+        "log.every": (2, "base.yaml (stages.stage1_align)"),
+    }  # fmt: skip
+    values = flat(asdict(loaded.stage))
+    assert {k: (values[k], loaded.origin[k]) for k in expected} == expected
+    for content, says in {
+        "stages: {stage2: {}}": r"^base.yaml: stages.stage2 is no stage",
+        "include: s.yaml": r"includes itself through .*s.yaml -> .*base.yaml",
+    }.items():
+        (tmp_path / "scale" / "base.yaml").write_text(content)
+        with pytest.raises(ConfigError, match=says):
+            small(tmp_path, scale=top)
+    with pytest.raises(ConfigError, match=r"nowhere.yaml: no such file"):
+        small(tmp_path, scale="include: nowhere.yaml")
+
+
 def test_each_layer_covers_the_one_below(tmp_path):
     layers = ["default", "stage1_align.yaml", "s.yaml", "s.yaml (stages.stage1_align)", "command line"]
     keys = ["run.seed", "lora.rank", "batch.packs_per_step", "log.every", "hardware.devices"]
@@ -157,7 +192,8 @@ def test_written_config_reads_back_to_the_same_values(path):
 
 def test_keys_are_documented_and_the_right_ones_are_free():
     free = {name for name, item in schema().items() if item.metadata["free"]}
-    assert free == {n for n in schema() if n.startswith(("hardware.", "log."))} | {"data.val_clips"}
+    looks = {"data.val_clips", "data.also", "data.answers"}
+    assert free == {n for n in schema() if n.startswith(("hardware.", "log."))} | looks
     table = dict(line.split(maxsplit=1) for line in keys_table().splitlines()[:-1])
     assert table.keys() == schema().keys() == flat(asdict(load(STAGE2, "mini", [], CONFIGS).stage)).keys()
     for name, item in schema().items():
@@ -171,9 +207,15 @@ def test_keys_are_documented_and_the_right_ones_are_free():
 def test_settings_that_change_results_change_the_hash():
     """The hash of a run covers what results depend on, and nothing else."""
     base = fingerprint(load(STAGE2, "mini", [], CONFIGS).stage)
-    for setting in ("hardware.workers=3", "log.every=7", "data.val_clips=3"):
+    for setting in ("hardware.workers=3", "log.every=7", "data.val_clips=3", "data.also=[sft]", "data.answers=3"):
         assert fingerprint(load(STAGE2, "mini", [setting], CONFIGS).stage) == base
-    for setting in ("run.seed=3", "lora.targets=[q_proj]", "optim.lr_for.x=1", "data.root=elsewhere"):
+    for setting in (
+        "run.seed=3",
+        "lora.targets=[q_proj]",
+        "optim.lr_for.x=1",
+        "data.root=elsewhere",
+        "data.clips=left_out",
+    ):
         assert fingerprint(load(STAGE2, "mini", [setting], CONFIGS).stage) != base
 
 
@@ -193,7 +235,7 @@ def test_key_order_does_not_change_the_hash(tmp_path):
 @pytest.mark.parametrize("path", ALL, ids=lambda p: p.stem)
 def test_every_stage_file_loads_at_every_scale(path):
     for scale in scales(CONFIGS):
-        if scale == "mini":
+        if scale in ("mini", "generated"):
             loaded = load(path, scale, [], CONFIGS)
         elif path.stem == "text_decoder":
             continue  # the other scales have published text weights
@@ -206,7 +248,7 @@ def test_every_stage_file_loads_at_every_scale(path):
             if "stage1" in path.stem:
                 assert loaded.stage.start[0] == {"from": "dasheng.pt", "take": ["audio_encoder.*"]}
         assert loaded.stage.name == (path.stem if path in STAGES else loaded.stage.name)
-        assert loaded.origin["model.encoder.dim"] == f"{scale}.yaml"
+        assert loaded.origin["model.encoder.dim"] == ("mini.yaml" if scale == "generated" else f"{scale}.yaml")
 
 
 def test_lists_from_the_command_line():

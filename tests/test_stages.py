@@ -94,7 +94,7 @@ def test_refused_before_anything_is_written(tiny, tmp_path, capsys, more, words)
 
 def test_unknown_scale_lists_the_scales(tiny, tmp_path, capsys):
     status = run("stage1_align", tiny, tmp_path, "--scale", "minni")
-    refused(capsys, status, "did you mean mini", "0.6b, 3b, 7b, mini")
+    refused(capsys, status, "did you mean mini", "0.6b, 3b, 7b, generated, mini")
 
 
 def test_a_wrong_target_fails_before_step_0_in_stage_2(tiny, runs, capsys):

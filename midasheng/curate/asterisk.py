@@ -134,9 +134,9 @@ def licences(sources: Sequence[Source]) -> Iterator[str]:
     Raises UserError when a copyright file does not say so.
     """
     yield "The recordings and transcripts in shards/ come from these Debian packages and keep their licences."
-    yield "Changed here: G.722 audio decoded and stored as FLAC, transcripts cleaned, both cut into records;"
-    yield "prompts dropped as dropped.jsonl lists; captions, questions and instructions composed from"
-    yield "language, voice and text."
+    yield "Changed here: G.722 audio decoded, a part of it coded as GSM at 8 kHz and decoded, stored as FLAC;"
+    yield "transcripts cleaned; both cut into records; prompts dropped as dropped.jsonl lists; captions, questions"
+    yield "and instructions composed from language, voice and text."
     for source in sources:
         paragraphs = source.copyright.read_text(encoding="utf-8").split("\n\n")
         terms = _terms(paragraphs, source.voice.language)

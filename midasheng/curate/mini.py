@@ -1,82 +1,127 @@
-"""The mini corpus: telephone prompts in five languages, from Debian packages to shards and a tokenizer.
+"""The mini corpus, from Debian packages or generated, to shards and a tokenizer.
 
 debian          apt-get download, dpkg -x                 no root; data/downloads
   | asterisk    transcript lines with .g722 files         what cannot be trusted is dropped, with a reason
   | describe    captions, questions, instructions         only from what the source says
+  | music       notes, sounds, rhythms, accompaniments    rendered from samples; described by how they were made
+  | voices      other speakers of the same languages      asked about, never trained on
+generated       tones, noises, rhythms                    where there are no Debian packages; announced, never silently
   | mini        KEY.flac + KEY.json in shuffled shards    test records in shards of their own
 data/mini       shards/ tokenizer/ LICENCES dropped.jsonl, and prepared.json, written last
 """
 
-import io
+import contextlib
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
 
 import av
-import numpy as np
-import soundfile
-import webdataset
-from numpy.typing import NDArray
 from tqdm import tqdm
 
-from midasheng.curate.asterisk import (
-    LANGUAGE_NAMES,
-    VOICES,
-    Candidate,
-    Dropped,
-    Source,
-    audio_problem,
-    decode_g722,
-    fetch,
-    licences,
-    pair,
-)
+from midasheng.config import UserError
+from midasheng.curate import asterisk, generated, voices
+from midasheng.curate.asterisk import Dropped
 from midasheng.curate.describe import describe
+from midasheng.curate.shards import Clip, Shards, split_of
 from midasheng.curate.tokenizer import DEFAULT_TOKENS, save_tokenizer, train_tokenizer
-from midasheng.frames import SAMPLE_RATE, seconds
+from midasheng.frames import seconds
 from midasheng.sample import unit_hash
 
-VERSION = 1  # of what is written: raise it when records change (also by describe.py), so that old output is made anew
+VERSION = 2  # of what is written: raise it when records change, so that old output is made anew
 FINISHED = "prepared.json"  # the finish marker
-MAX_SHARD_BYTES = 20_000_000
-TEST_SHARE = 0.06
-VALIDATION_SHARE = 0.08  # as `held_out` of the cards says; such text must not reach the tokenizer
+VALIDATION_SHARE = 0.12  # the largest `held_out` of the cards; such text must not reach the tokenizer
+PHONE_SHARE = 0.1  # of the speech trained on, through a telephone's codec: the other voices were recorded with one
 ROLES = ("user", "assistant")  # stand in every conversation
+
+
+@dataclass
+class Raw:
+    """What the corpus is made of: clips and what was dropped, licences, and words that become single tokens."""
+
+    clips: list[Clip]
+    licences: list[str]
+    words: tuple[str, ...]
+    dropped: list[Dropped] = field(default_factory=list)
+
+
+def from_debian(downloads: Path) -> Raw:
+    """Speech in five languages, sampled music and sounds, other voices; about 70 MB of packages in `downloads`.
+
+    Raises UserError when packages cannot be had or unpacked.
+    """
+    try:
+        from midasheng.curate import music  # the Makefile installs its synthesizer, where there is one
+    except ImportError as error:
+        raise UserError(f"{error}: `pip install --no-deps tinysoundfont==0.3.7`, or say SCALE=generated") from None
+    sources = asterisk.fetch(asterisk.VOICES, downloads)
+    sounds, others = music.fetch(downloads), voices.fetch(downloads)
+    speech, dropped = _speech(sources)
+    clips = [*speech, *music.clips(sounds), *voices.known_voices(speech), *voices.other_voices(others)]
+    licences = [*asterisk.licences(sources), "", *music.licences(sounds), "", *voices.licences(others)]
+    return Raw(clips, licences, (*asterisk.LANGUAGE_NAMES, *music.CLOSED_WORDS), dropped)
+
+
+def _speech(sources: Sequence[asterisk.Source]) -> tuple[list[Clip], list[Dropped]]:
+    """Every prompt that can be trusted, decoded and described; and the others, with the reason."""
+    made: list[Clip] = []
+    dropped: list[Dropped] = []
+    for source in sources:
+        paired, unpaired = asterisk.pair(source)
+        dropped += unpaired
+        language = source.voice.language
+        for candidate in tqdm(paired, desc=source.voice.language_name, unit="clip", leave=False, disable=None):
+            try:
+                samples = asterisk.decode_g722(candidate.audio)
+            except av.error.FFmpegError:
+                dropped.append(Dropped(candidate.name, language, "unreadable audio"))
+                continue
+            reason = asterisk.audio_problem(samples, candidate.text)
+            if reason is not None:
+                dropped.append(Dropped(candidate.name, language, reason))
+                continue
+            trained_on = split_of(asterisk.normalise(candidate.text)) == "train"
+            if trained_on and unit_hash("phone:" + candidate.key) < PHONE_SHARE:
+                samples = voices.from_phone(voices.to_phone(samples))
+            record = describe(candidate, round(seconds(len(samples)), 4))
+            made.append(Clip("asterisk", candidate.key, samples, record))
+    return made, dropped
+
+
+def from_nothing() -> Raw:
+    """Generated tones, noises and rhythms: for machines without Debian packages."""
+    licence = "Generated by midasheng/curate/generated.py: no recording of anything. CC0-1.0"
+    return Raw(list(generated.clips()), [licence], generated.CLOSED_WORDS)
 
 
 @dataclass(frozen=True)
 class Summary:
-    """What was prepared: clips and hours per language and split, and the drops by reason."""
+    """What was prepared: clips and hours per kind and split, and the drops by reason."""
 
-    clips: dict[str, dict[str, int]]  # language -> split -> clips
+    clips: dict[str, dict[str, int]]  # kind (a language, or a family of shards) -> split -> clips
     hours: dict[str, dict[str, float]]
-    dropped: dict[str, dict[str, int]]  # reason -> language -> prompts
+    dropped: dict[str, int]  # reason -> clips
 
     def table(self) -> str:
         """The summary as lines of text."""
-        lines = [f"{'':34s}" + "".join(f"{column:>9s}" for column in [*self.clips, "all"])]
-        for split in ("train", "test"):
-            clips = [by_split[split] for by_split in self.clips.values()]
-            hours = [by_split[split] for by_split in self.hours.values()]
-            lines.append(f"{split + ', clips':34s}" + "".join(f"{n:9d}" for n in [*clips, sum(clips)]))
-            lines.append(f"{split + ', hours':34s}" + "".join(f"{h:9.2f}" for h in [*hours, sum(hours)]))
-        for reason, counts in sorted(self.dropped.items()):
-            counted = [counts.get(language, 0) for language in self.clips]
-            lines.append(f"{'dropped: ' + reason:34s}" + "".join(f"{n:9d}" for n in [*counted, sum(counted)]))
-        return "\n".join(lines)
+        lines = [f"{'':24}{'train':>8}{'hours':>8}{'test':>8}{'hours':>8}"]
+        for kind, clips in self.clips.items():
+            hours = self.hours[kind]
+            row = "".join(f"{clips[split]:8}{hours[split]:8.2f}" for split in ("train", "test"))
+            lines.append(f"{kind:24}{row}")
+        dropped = ", ".join(f"{n} {reason}" for reason, n in sorted(self.dropped.items()))
+        return "\n".join([*lines, f"dropped: {dropped or 'none'}"])
 
 
-def prepare(out: Path, downloads: Path, prompts: Sequence[str], max_tokens: int = DEFAULT_TOKENS) -> Summary:
-    """Make the mini corpus in `out` from Debian packages kept in `downloads`; nothing to do when it is there.
+def prepare(out: Path, make: Callable[[], Raw], prompts: Sequence[str], max_tokens: int = DEFAULT_TOKENS) -> Summary:
+    """Make the mini corpus in `out` from what `make` brings; nothing to do when it is there.
 
-    `prompts` are the prompts of the corpus cards, for the tokenizer only. Raises UserError when packages
-    cannot be had or unpacked, and for an impossible `max_tokens`.
+    `prompts` are the prompts of the corpus cards, for the tokenizer only. Raises UserError when packages cannot be had
+    or unpacked, and for an impossible `max_tokens`.
     """
-    return finished(out, max_tokens) or build(fetch(VOICES, downloads), out, prompts, max_tokens)
+    return finished(out, max_tokens) or build(make(), out, prompts, max_tokens)
 
 
 def finished(out: Path, max_tokens: int = DEFAULT_TOKENS) -> Summary | None:
@@ -94,33 +139,29 @@ def finished(out: Path, max_tokens: int = DEFAULT_TOKENS) -> Summary | None:
     return Summary(**marker["summary"])
 
 
-def build(sources: Sequence[Source], out: Path, prompts: Sequence[str], max_tokens: int = DEFAULT_TOKENS) -> Summary:
-    """Make the corpus from unpacked packages, replacing whatever stands in `out` by the same names.
+def build(raw: Raw, out: Path, prompts: Sequence[str], max_tokens: int = DEFAULT_TOKENS) -> Summary:
+    """Write shards, tokenizer and licences, replacing whatever stands in `out` by the same names.
 
     Everything is written into `out`/.partial, moved into place, and marked finished at the very end.
     """
     work = out / ".partial"
     shutil.rmtree(work, ignore_errors=True)
     (work / "shards").mkdir(parents=True)
-    candidates: list[Candidate] = []
-    dropped: list[Dropped] = []
-    for source in sources:
-        paired, unpaired = pair(source)
-        candidates += paired
-        dropped += unpaired
-    # A fixed shuffle: every shard has all languages, and every run the same shards.
-    candidates.sort(key=lambda candidate: unit_hash("order:" + candidate.key))
-    keys = {candidate.key for candidate in candidates}
-    assert len(keys) == len(candidates), f"{len(candidates)} prompts have {len(keys)} keys"
-
-    records, unusable = _write_shards(candidates, work / "shards")
-    dropped += unusable
-    dropped.sort(key=lambda drop: (drop.language, drop.name))
+    # A fixed shuffle: every shard has a bit of everything, and every run the same shards.
+    clips = sorted(raw.clips, key=lambda clip: unit_hash("order:" + clip.key))
+    keys = {(clip.stem, clip.key) for clip in clips}
+    assert len(keys) == len(clips), f"{len(clips)} clips have {len(keys)} keys"
+    shards: dict[str, Shards] = {}
+    for clip in tqdm(clips, desc="write", unit="clip", leave=False, disable=None):
+        name = clip.shards
+        shards.setdefault(name, Shards(work / "shards", name)).write(clip.key, clip.samples, clip.record)
+    for shard in shards.values():
+        shard.close()
+    dropped = sorted(raw.dropped, key=lambda drop: (drop.language, drop.name))
     _write_lines(work / "dropped.jsonl", (json.dumps(asdict(d), ensure_ascii=False) for d in dropped))
-    _write_lines(work / "LICENCES", licences(sources))
-    save_tokenizer(train_tokenizer(training_text(records, prompts), LANGUAGE_NAMES, max_tokens), work / "tokenizer")
-
-    summary = _summarise(sources, records, dropped)
+    _write_lines(work / "LICENCES", raw.licences)
+    save_tokenizer(train_tokenizer(training_text(clips, prompts), raw.words, max_tokens), work / "tokenizer")
+    summary = _summarise(clips, raw.dropped)
     _publish(work, out, {"settings": _settings(max_tokens), "summary": asdict(summary)})
     return summary
 
@@ -149,95 +190,35 @@ def _write_lines(path: Path, lines: Iterable[str]) -> None:
     path.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
 
 
-def _summarise(sources: Sequence[Source], records: Sequence[dict[str, Any]], dropped: Sequence[Dropped]) -> Summary:
-    languages = [source.voice.language for source in sources]
-    clips = {language: {"train": 0, "test": 0} for language in languages}
-    hours = {language: {"train": 0.0, "test": 0.0} for language in languages}
-    reasons: dict[str, dict[str, int]] = {}
-    for record in records:
-        clips[record["language"]][split_of(record["source"])] += 1
-        hours[record["language"]][split_of(record["source"])] += record["duration_s"] / 3_600
+def _summarise(clips: Iterable[Clip], dropped: Iterable[Dropped]) -> Summary:
+    counts: dict[str, dict[str, int]] = {}
+    hours: dict[str, dict[str, float]] = {}
+    for clip in sorted(clips, key=lambda clip: clip.stem):
+        kind = clip.record["language_name"] if clip.stem == "asterisk" else clip.stem
+        split = clip.shards.rsplit("-", 1)[1]
+        counts.setdefault(kind, {"train": 0, "test": 0})[split] += 1
+        hours.setdefault(kind, {"train": 0.0, "test": 0.0})[split] += seconds(len(clip.samples)) / 3_600
+    reasons: dict[str, int] = {}
     for drop in dropped:
-        counts = reasons.setdefault(drop.reason, {})
-        counts[drop.language] = counts.get(drop.language, 0) + 1
-    return Summary(clips, hours, reasons)
-
-
-# -- shards --------------------------------------------------------------------------------------------------
-
-
-def split_of(source: str) -> str:
-    """The split, test or train, of a normalised transcript; no text is in both, whatever language says it."""
-    return "test" if unit_hash("test:" + source) < TEST_SHARE else "train"
-
-
-def _write_shards(candidates: Sequence[Candidate], folder: Path) -> tuple[list[dict[str, Any]], list[Dropped]]:
-    """Decode and write the records in the order given; returns their JSON and what was dropped."""
-    records: list[dict[str, Any]] = []
-    dropped: list[Dropped] = []
-    shards = {split: Shards(folder, f"asterisk-{split}") for split in ("train", "test")}
-    for candidate in tqdm(candidates, desc="decode", unit="clip", disable=None):
-        try:
-            samples = decode_g722(candidate.audio)
-        except av.error.FFmpegError:
-            reason: str | None = "unreadable audio"
-        else:
-            reason = audio_problem(samples, candidate.text)
-        if reason is not None:
-            dropped.append(Dropped(candidate.name, candidate.source.voice.language, reason))
-            continue
-        record = describe(candidate, round(seconds(len(samples)), 4))
-        shards[split_of(record["source"])].write(candidate.key, samples, record)
-        records.append(record)
-    for shard in shards.values():
-        shard.close()
-    return records, dropped
-
-
-class Shards:
-    """Numbered tar shards of at most MAX_SHARD_BYTES or one record, with equal bytes on every run."""
-
-    def __init__(self, folder: Path, stem: str) -> None:
-        self.folder, self.stem = folder, stem
-        self.n_shards, self.n_bytes = 0, 0
-        self.writer: webdataset.TarWriter | None = None
-
-    def write(self, key: str, samples: NDArray[np.int16], record: dict[str, Any]) -> None:
-        """Add a record: `samples` are mono int16 at 16 kHz."""
-        flac = io.BytesIO()
-        soundfile.write(flac, samples, SAMPLE_RATE, format="FLAC", subtype="PCM_16")
-        text = json.dumps(record, ensure_ascii=False).encode()
-        n_bytes = len(flac.getvalue()) + len(text)
-        if self.writer is not None and self.n_bytes + n_bytes > MAX_SHARD_BYTES:
-            self.close()
-        if self.writer is None:
-            path = self.folder / f"{self.stem}-{self.n_shards:06d}.tar"
-            # A fixed mtime: equal bytes, and no PAX headers, which make reading twice as slow.
-            self.writer = webdataset.TarWriter(str(path), encoder=False, mtime=0)
-            self.n_shards, self.n_bytes = self.n_shards + 1, 0
-        self.writer.write({"__key__": key, "flac": flac.getvalue(), "json": text})
-        self.n_bytes += n_bytes
-
-    def close(self) -> None:
-        """Finish the shard that is open, if one is."""
-        if self.writer is not None:
-            self.writer.close()
-            self.writer = None
+        reasons[drop.reason] = reasons.get(drop.reason, 0) + 1
+    return Summary(counts, hours, reasons)
 
 
 # -- text for the tokenizer ----------------------------------------------------------------------------------
 
 
-def training_text(records: Iterable[dict[str, Any]], prompts: Sequence[str]) -> Iterator[str]:
+def training_text(clips: Iterable[Clip], prompts: Sequence[str]) -> Iterator[str]:
     """Every text the mini decoder may see in training: neither test nor validation records."""
-    for record in records:
-        source = record["source"]
-        if split_of(source) == "test" or unit_hash("held_out:" + source) < VALIDATION_SHARE:
+    for clip in clips:
+        record = clip.record
+        if clip.shards.endswith("-test") or unit_hash("held_out:" + record["source"]) < VALIDATION_SHARE:
             continue
         yield from ROLES
-        yield record["text"]
+        yield from (record[name] for name in ("text", "heard") if name in record)
         yield from record["captions"]
-        for asked in record["questions"] + record["instructions"]:
+        for asked in record["questions"] + record.get("instructions", []):
             yield asked["question"]
             yield asked["answer"]
-        yield from (prompt.format_map(record) for prompt in prompts)
+        for prompt in prompts:
+            with contextlib.suppress(KeyError):  # a prompt of another corpus, with fields that this record lacks
+                yield prompt.format_map(record)

@@ -20,7 +20,7 @@ N_BYTES = 256
 def train_tokenizer(texts: Iterable[str], words: Sequence[str], max_tokens: int = DEFAULT_TOKENS) -> Tokenizer:
     """Train a byte-level BPE on `texts`; the same texts in the same order give the same tokenizer.
 
-    `words` become one token each wherever they stand, also after a space. The vocabulary holds at most
+    `words` become one token each wherever they stand as whole words, also after a space. The vocabulary holds at most
     `max_tokens` tokens: special tokens, the 256 bytes, `words` and merges, so that any text round-trips.
     Raises UserError when `max_tokens` is over 4,096 or leaves no room for merges.
     """
@@ -38,8 +38,8 @@ def train_tokenizer(texts: Iterable[str], words: Sequence[str], max_tokens: int 
         show_progress=False,
     )
     tokenizer.train_from_iterator(_without(texts, words), trainer)
-    # normalized=False: the word is found in the text as it stands.
-    tokenizer.add_tokens([AddedToken(word, normalized=False) for word in words])
+    # normalized=False: found in the text as it stands; single_word: the "no" in "note" is none
+    tokenizer.add_tokens([AddedToken(word, normalized=False, single_word=True) for word in words])
     return tokenizer
 
 
@@ -48,7 +48,8 @@ def _without(texts: Iterable[str], words: Sequence[str]) -> Iterator[str]:
     if not words:
         yield from texts
         return
-    pattern = re.compile("|".join(re.escape(word) for word in words))
+    longest_first = sorted(words, key=len, reverse=True)  # "bass drum" before "bass"
+    pattern = re.compile(rf"(?<!\w)(?:{'|'.join(re.escape(word) for word in longest_first)})(?!\w)")
     for text in texts:
         yield from filter(None, pattern.split(text))
 

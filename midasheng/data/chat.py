@@ -45,7 +45,7 @@ class Chat:
         self.im_start, self.im_end = self._id("<|im_start|>"), self._id("<|im_end|>")
         self.audio_bos, self.audio, self.audio_eos = (self._id(t) for t in (audio_bos, audio, audio_eos))
         self.pad = self.im_end
-        self._text = lru_cache(maxsize=65536)(self._encode_text)
+        self.text = lru_cache(maxsize=65536)(self._encode_text)  # ids of plain text, as they stand in a turn
 
     def _id(self, token: str) -> int:
         number = self.tokenizer.get_vocab().get(token)
@@ -85,20 +85,22 @@ class Chat:
         assert announced == len(clips), f"{announced} clips announced, {len(clips)} given"
         for number, turn in enumerate(turns):
             if number:
-                add(self._text("\n"))
-            add([self.im_start, *self._text(f"{turn.role}\n")])
+                add(self.text("\n"))
+            add([self.im_start, *self.text(f"{turn.role}\n")])
             own = turn.role == "assistant"
             if turn.text_first:
-                add(self._text(turn.text), counts=own)
+                add(self.text(turn.text), counts=own)
             for _ in range(turn.clips):
                 add([self.audio_bos])
                 add([self.audio] * clips.pop(0), audio=True)
                 add([self.audio_eos])
+            if turn.told:
+                add([self.audio_bos, *self.text(turn.told), self.audio_eos])
             if not turn.text_first:
-                add(self._text(turn.text), counts=own)
+                add(self.text(turn.text), counts=own)
             add([self.im_end], counts=own)
         if answer_follows:
-            add([*self._text("\n"), self.im_start, *self._text("assistant\n")])
+            add([*self.text("\n"), self.im_start, *self.text("assistant\n")])
         ids_T = np.asarray(ids, dtype=np.int64)
         # slot i must predict token i + 1; shifted here, no segment of a pack predicts another's first token
         shifted = np.where(target, ids_T, NO_TARGET)

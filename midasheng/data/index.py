@@ -100,6 +100,7 @@ class Record:
     audio: Place | None
     n_samples: int
     variants: tuple[Variant, ...]
+    alike: str = ""  # value of the card's field `alike`
 
     @property
     def frames(self) -> int:
@@ -135,8 +136,12 @@ class CorpusIndex:
         return digest.hexdigest()[:16]
 
 
-def conversations(card: Card, content: dict[str, Any], where: str) -> list[tuple[Turn, ...]]:
-    """Every conversation that a record's JSON can become under its card. Raises ManifestError, Skip("no text")."""
+HEARD, LEFT_OUT, TOLD = CLIPS = ("heard", "left_out", "told")
+
+
+def conversations(card: Card, content: dict[str, Any], where: str, clips: str = HEARD) -> list[tuple[Turn, ...]]:
+    """Every conversation that a record's JSON can become under its card; `clips` as data.clips. Raises ManifestError,
+    Skip("no text")."""
 
     def wanted(field: str) -> Any:
         if field not in content:
@@ -160,13 +165,16 @@ def conversations(card: Card, content: dict[str, Any], where: str) -> list[tuple
         answers = wanted(card.answer)
         answers = answers if isinstance(answers, list) else [answers]
         asked = [(filled(p), str(a)) for p in card.prompts for a in answers if a]
-    if card.context:
-        asked = [(f"{filled(card.context)}\n{question}", answer) for question, answer in asked]
     if not asked:
         raise Skip("no text")
-    return [
-        (Turn("user", question, clips=1 if card.audio else 0), Turn("assistant", answer)) for question, answer in asked
+    heard = int(card.audio and clips == HEARD)
+    made: list[tuple[Turn, ...]] = [
+        (Turn("user", question, clips=heard), Turn("assistant", answer)) for question, answer in asked
     ]
+    if clips == TOLD and card.context:  # twice, so that the plan draws two of three with the words
+        words = filled(card.context)
+        made += 2 * [(Turn("user", question, told=words), Turn("assistant", answer)) for question, answer in asked]
+    return made
 
 
 def _held_out_sources(card: Card, sources: list[str]) -> set[str]:
@@ -183,8 +191,13 @@ def _held_out_sources(card: Card, sources: list[str]) -> set[str]:
     return chosen
 
 
-def index_corpus(card: Card, root: Path, chat: Chat, max_audio_s: float) -> CorpusIndex:
-    """Index one corpus. Raises ManifestError and ShardError; records that cannot be used are listed in `skipped`."""
+def index_corpus(
+    card: Card, root: Path, chat: Chat, max_audio_s: float, clips: str = HEARD, *, trains: bool = True
+) -> CorpusIndex:
+    """Index one corpus, with its `clips` heard, left out or told. Records that cannot be used are listed in `skipped`.
+
+    Raises ManifestError and ShardError. `trains`: it is an error when no record is left to train on.
+    """
     found: list[tuple[int, str, Record]] = []
     skipped: list[tuple[str, str]] = []
     sources: list[str] = []  # of every record, usable or not: cards of the same shards must keep the same ones apart
@@ -195,12 +208,13 @@ def index_corpus(card: Card, root: Path, chat: Chat, max_audio_s: float) -> Corp
             try:
                 where, content = _content(key, members)
                 sources.append(_source(card, key, where, content))
-                found.append((number, sources[-1], _record(card, key, members, where, content, chat, max_audio_s)))
+                record = _record(card, key, members, where, content, chat, max_audio_s, clips)
+                found.append((number, sources[-1], record))
             except Skip as skip:
                 skipped.append((key, skip.reason))
     apart = _held_out_sources(card, sources)
     train = [(number, record) for number, source, record in found if source not in apart]
-    if not train:
+    if trains and not train:
         why = dict(Counter(reason for _, reason in skipped))
         raise ManifestError(f"corpus {card.name}: no record can be trained on (left out: {why})")
     return CorpusIndex(
@@ -235,10 +249,11 @@ def _source(card: Card, key: str, where: str, content: dict[str, Any]) -> str:
 
 
 def _record(
-    card: Card, key: str, members: dict[str, Place], where: str, content: dict[str, Any], chat: Chat, max_audio_s: float
-) -> Record:
+    card: Card, key: str, members: dict[str, Place], where: str, content: dict[str, Any], chat: Chat,
+    max_audio_s: float, clips: str,
+) -> Record:  # fmt: skip
     audio, n_samples = None, 0
-    if card.audio:
+    if card.audio and clips == HEARD:
         audio = next((members[e] for e in AUDIO_EXTENSIONS if e in members), None)
         if audio is None:
             raise Skip("no audio")
@@ -246,7 +261,11 @@ def _record(
         if frames.seconds(n_samples) > max_audio_s:
             raise Skip("too long")
     variants = []
-    for turns in conversations(card, content, where):
+    for turns in conversations(card, content, where, clips):
         encoded = chat.encode(turns, [0] * sum(t.clips for t in turns))
         variants.append(Variant(turns, len(encoded.ids), int((encoded.labels != NO_TARGET).sum())))
-    return Record(key, audio, n_samples, tuple(variants))
+    if card.alike and card.alike not in content:
+        raise ManifestError(
+            f"{where}: card {card.name} asks for JSON field `{card.alike}`; there are {sorted(content)}"
+        )
+    return Record(key, audio, n_samples, tuple(variants), str(content[card.alike]) if card.alike else "")

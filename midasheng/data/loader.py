@@ -17,6 +17,7 @@ from midasheng.data.audio import Skip, decode
 from midasheng.data.chat import Chat
 from midasheng.data.index import CorpusIndex, Record
 from midasheng.data.ledger import Skipped
+from midasheng.data.manifest import Card
 from midasheng.data.plan import Budget, Planned, Planner
 from midasheng.sample import Pack, Sample, pack
 
@@ -46,11 +47,22 @@ class StepBatch:
         return replace(self, packs=tuple(p.to(*args, **kwargs) for p in self.packs))
 
 
-def load_sample(card_name: str, task: str, record: Record, variant: int, chat: Chat) -> Sample:
-    """Read, decode and tokenise one planned conversation. Raises Skip."""
-    clips = (decode(record.audio.read(), record.n_samples),) if record.audio else ()
-    encoded = chat.encode(record.variants[variant].turns, [frames.audio_tokens(len(clip)) for clip in clips])
-    return Sample(card_name, record.key, task, encoded.ids, encoded.labels, encoded.is_audio, clips)
+def load_sample(
+    card: Card, record: Record, variant: int, chat: Chat, clip_of: Record | None = None, *, heard: bool = True,
+    answered: bool = True,
+) -> Sample:  # fmt: skip
+    """Read, decode and tokenise one conversation. Raises Skip.
+
+    For the listening test: `clip_of`, another record whose clip is heard instead; `heard` False leaves the clip out;
+    `answered` False ends where the last answer begins.
+    """
+    turns, heard_record = record.variants[variant].turns, clip_of or record
+    if not heard:
+        turns = tuple(replace(turn, clips=0) for turn in turns)
+    clips = (decode(heard_record.audio.read(), heard_record.n_samples),) if heard and heard_record.audio else ()
+    tokens = [frames.audio_tokens(len(clip)) for clip in clips]
+    encoded = chat.encode(turns if answered else turns[:-1], tokens, answer_follows=not answered)
+    return Sample(card.name, record.key, card.task, encoded.ids, encoded.labels, encoded.is_audio, clips)
 
 
 class _Shares(Sampler[Share]):
@@ -86,7 +98,7 @@ class Loading(Dataset[StepBatch]):
                 corpus = self.corpora[p.corpus]
                 record = corpus.train[p.record]
                 try:
-                    samples.append(load_sample(corpus.card.name, corpus.card.task, record, p.variant, self.chat))
+                    samples.append(load_sample(corpus.card, record, p.variant, self.chat))
                 except Skip as skip:
                     skipped.append(Skipped(corpus.card.name, record.key, skip.reason))
             packs.append(pack(samples, self.budget.pack_slots, self.chat.pad))
@@ -124,30 +136,3 @@ def first_clips(planner: Planner, count: int) -> Iterator[np.ndarray]:
         if record.audio:
             with contextlib.suppress(Skip):
                 yield decode(record.audio.read(), record.n_samples)
-
-
-def held_out_packs(corpora: Sequence[CorpusIndex], chat: Chat, budget: Budget, clips: int) -> list[Pack]:
-    """The first `clips` held-out records of each corpus, one variant each, in packs; the same packs on every world.
-
-    Variants go round so that every prompt and question form is validated on.
-    """
-    packs: list[Pack] = []
-    for corpus in corpora:
-        waiting: list[Sample] = []
-        used = [0, 0]
-        for number, record in enumerate(corpus.held_out[:clips]):
-            try:
-                variant = number % len(record.variants)
-                sample = load_sample(corpus.card.name, corpus.card.task, record, variant, chat)
-            except Skip:
-                continue
-            if len(sample.ids) > budget.pack_slots or record.frames > budget.pack_frames:
-                continue
-            if used[0] + len(sample.ids) > budget.pack_slots or used[1] + record.frames > budget.pack_frames:
-                packs.append(pack(waiting, budget.pack_slots, chat.pad))
-                waiting, used = [], [0, 0]
-            waiting.append(sample)
-            used = [used[0] + len(sample.ids), used[1] + record.frames]
-        if waiting:
-            packs.append(pack(waiting, budget.pack_slots, chat.pad))
-    return packs

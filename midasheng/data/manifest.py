@@ -42,7 +42,8 @@ class Card:
     hours: float = 0.0
     homepage: str = "unknown"
     audio: bool = True  # False: text only, the conversation holds no clip
-    context: str = ""  # text that stands where the clip would (audio: false only); {field} as in prompts
+    context: str = ""  # what stands for the clip in text pretraining (data.clips=told); {field} as in prompts
+    alike: str = ""  # JSON field that must be equal for the harder listening test, e.g. language
     prompts: list[str] = dataclasses.field(default_factory=list)
     answer: str = ""
     pairs: str = ""
@@ -110,15 +111,15 @@ def read_card(path: Path) -> Card:
     held_out = content.get("held_out")
     if isinstance(held_out, dict):
         content["held_out"] = held_out = _strict(HeldOut, held_out, path)
-        if not (0 <= held_out.share < 1 and held_out.max >= 0):
+        if not (0 <= held_out.share <= 1 and held_out.max >= 0):
             raise ManifestError(f"{path}: held_out: share {held_out.share} lies in 0 to 1, max is not negative")
     card: Card = _strict(Card, content, path)
     if card.name != path.stem:
         raise ManifestError(f"{path}: its name is `{card.name}`; a card bears the name of its file")
     if (bool(card.prompts), bool(card.answer)) != (not card.pairs, not card.pairs):
         raise ManifestError(f"{path}: write either `prompts` and `answer`, or `pairs`")
-    if card.context and card.audio:
-        raise ManifestError(f"{path}: `context` stands in for a clip; write `audio: false` beside it or drop it")
+    if (card.context or card.alike) and not card.audio:
+        raise ManifestError(f"{path}: `context` and `alike` are about a clip; drop them, or `audio: false`")
     return card
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from midasheng.config import UserError
@@ -139,6 +141,19 @@ def add_lora(model: AudioLM, plan: LoraPlan, seed: int) -> dict[str, list[str]]:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
     return found
+
+
+@contextmanager
+def without_lora(model: AudioLM) -> Iterator[None]:
+    """The model as if it had no LoRA, for as long as the context lasts."""
+    layers = [m for m in model.decoder.modules() if isinstance(m, LoraLayer)]
+    for layer in layers:
+        layer.set_scale("default", 0.0)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.set_scale("default", 1.0)
 
 
 def learns(model: AudioLM, train: Sequence[str], lora: dict[str, list[str]], rank: int) -> Learns:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from midasheng import frames
@@ -84,28 +84,33 @@ class AudioLM(nn.Module):
         return zeros_S.index_add(0, number_T[at_N], losses_N)
 
     @torch.no_grad()
-    def generate(
-        self, ids_T: Int[Tensor, " T"], is_audio_T: Tensor, clips: Sequence[Tensor], stop: int, limit: int
-    ) -> list[int]:
-        """Greedy continuation of one conversation: at most `limit` ids, without the final `stop`."""
+    def generate(self, prompts: Pack, stop: int, limit: int) -> list[list[int]]:
+        """Greedy continuations of the segments of a pack without tail: at most `limit` ids each, without `stop`.
+
+        Clips are encoded once; the decoder keeps no cache, so it is meant for short answers.
+        """
         was_training = self.training
         self.eval()
-        device = ids_T.device
-        audio = torch.cat(list(clips)) if clips else torch.zeros(0)
-        lengths = tuple(len(clip) for clip in clips)
-        prompt = Pack(
-            ids_T, ids_T, ids_T, is_audio_T, audio.to(device), (len(ids_T),), lengths, ("prompt",), ("",), ("",), 0
-        )
-        answer: list[int] = []
+        prompts = prompts.to(next(self.parameters()).device)  # they may come from the host
+        device = prompts.ids_T.device
+        answers: list[list[int]] = [[] for _ in prompts.segments]
         with torch.autocast(device.type, dtype=self.compute_dtype, enabled=self.compute_dtype is not None):
-            embeds_TD = self.place(prompt)
-            while len(answer) < limit:
-                position_T = torch.arange(len(embeds_TD), device=device)
-                hidden_TD = self.decoder(embeds_TD, position_T, (len(embeds_TD),))
-                best = int(self.decoder.logits(hidden_TD[-1:]).argmax())
-                if best == stop:
+            rows = dict(enumerate(self.place(prompts).split(prompts.segments)))
+            for _ in range(limit):
+                lengths = [len(row) for row in rows.values()]
+                position_T = torch.cat([torch.arange(n, device=device) for n in lengths])
+                hidden_TD = self.decoder(torch.cat(list(rows.values())), position_T, lengths)
+                last_S = torch.tensor(lengths, device=device).cumsum(0) - 1
+                best_S = self.decoder.logits(hidden_TD[last_S]).argmax(-1)
+                for (number, row), best, embed_D in zip(
+                    list(rows.items()), best_S.tolist(), self.decoder.embed(best_S), strict=True
+                ):
+                    if best == stop:
+                        del rows[number]
+                    else:
+                        answers[number].append(best)
+                        rows[number] = torch.cat([row, embed_D[None]])
+                if not rows:
                     break
-                answer.append(best)
-                embeds_TD = torch.cat([embeds_TD, self.decoder.embed(torch.tensor([best], device=device))])
         self.train(was_training)
-        return answer
+        return answers

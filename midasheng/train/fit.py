@@ -20,9 +20,10 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from midasheng import __version__, config, frames
 from midasheng.config import ConfigError, Stage, UserError
 from midasheng.data.chat import Chat
+from midasheng.data.held_out import HeldOutSet
 from midasheng.data.index import CorpusIndex, index_corpus
 from midasheng.data.ledger import Ledger, Skipped, trim
-from midasheng.data.loader import first_clips, held_out_packs, train_loader
+from midasheng.data.loader import first_clips, train_loader
 from midasheng.data.manifest import Mix, read_mix
 from midasheng.data.plan import Budget, Planner, budget, steps_of
 from midasheng.model import adapt, weights
@@ -31,9 +32,10 @@ from midasheng.model.audio_lm import AudioLM
 from midasheng.model.encoder import EncoderShape
 from midasheng.sample import counter_seed
 from midasheng.train import optim
+from midasheng.train.listening import ListeningTest
 from midasheng.train.module import Course, StageModule, Stopped, StopRequest
 from midasheng.train.order import Order, check_run_folder, command_line, is_first
-from midasheng.train.progress import ProgressLine, fall, listening
+from midasheng.train.progress import ProgressLine, ending, stoppable
 
 # adverts and "GPU available: False": the header of a run says what runs
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -54,6 +56,7 @@ class DataRoom:
     corpora: tuple[CorpusIndex, ...]
     budget: Budget
     course: Course
+    held_out: tuple[HeldOutSet, ...]  # of the mix, then of data.also
 
     def planner(self, seed: int) -> Planner:
         """A planner at step 0."""
@@ -62,10 +65,15 @@ class DataRoom:
 
 def read_data(stage: Stage) -> DataRoom:
     """Read mix, cards, shards and tokenizer. Raises UserError."""
-    mix = read_mix(stage.data.mix, Path(stage.data.manifests))
-    t, b = stage.tokenizer, stage.batch
+    d, t, b = stage.data, stage.tokenizer, stage.batch
+    mix = read_mix(d.mix, Path(d.manifests))
     chat = Chat(t.path, t.audio_bos, t.audio, t.audio_eos)
-    corpora = tuple(index_corpus(card, Path(stage.data.root), chat, stage.data.max_audio_s) for card in mix.cards)
+    root = Path(d.root)
+    corpora = tuple(index_corpus(card, root, chat, d.max_audio_s, d.clips) for card in mix.cards)
+    also = {
+        name: [index_corpus(card, root, chat, d.max_audio_s, d.clips, trains=False) for card in other.cards]
+        for name, other in ((name, read_mix(name, Path(d.manifests))) for name in d.also)
+    }  # fmt: skip
     shape = budget(
         corpora, mix.percent, kind=b.kind, clips_per_step=b.clips_per_step, packs_per_step=b.packs_per_step,
         pack_slots=b.pack_slots, pack_frames=b.pack_frames,
@@ -81,7 +89,10 @@ def read_data(stage: Stage) -> DataRoom:
             f"run.warmup: {course.warmup} steps of warm-up in a run of {course.steps} steps "
             f"(run.length: {stage.run.length}); lower it, or raise run.length"
         )
-    return DataRoom(mix, chat, corpora, shape, course)
+    held_out = tuple(
+        HeldOutSet(name, asked, chat, shape, d.val_clips) for name, asked in ((mix.name, corpora), *also.items())
+    )
+    return DataRoom(mix, chat, corpora, shape, course, held_out)
 
 
 def names_stage(origin: str) -> bool:
@@ -237,7 +248,7 @@ def train(
     stop = StopRequest()
     module = StageModule(
         model, stage, data.course, [c.card.name for c in data.corpora],
-        held_out_packs(data.corpora, data.chat, data.budget, stage.data.val_clips), folder,
+        ListeningTest(data.held_out, folder, stage.data.answers), folder,
         weights.part_digests(adapt.base_state(model)), stop,
     )  # fmt: skip
     trainer = L.Trainer(
@@ -265,7 +276,7 @@ def train(
             planner, data.chat, data.budget, data.course.steps, rank=trainer.global_rank, world=trainer.world_size,
             workers=hardware.workers,
         )  # fmt: skip
-        with listening(stop):
+        with stoppable(stop):
             trainer.fit(module, loader, ckpt_path=resume if saved else None, weights_only=True)
     else:  # trained to the end, then killed before the hand-off
         module.load_state_dict(torch.load(resume, map_location="cpu", weights_only=True)["state_dict"])
@@ -277,19 +288,19 @@ def train(
             "git_commit": git_commit(), "config_hash": config.fingerprint(stage), "midasheng": __version__,
             "torch": str(torch.__version__), "trained": list(stage.train), "lora": list(stage.lora.targets),
             "tokenizer": data.chat.fingerprint(), "skipped": module.ledger.summary(),
+            "seconds": round(torch.load(resume, map_location="cpu", weights_only=True)["midasheng"]["seconds"], 1),
         }  # fmt: skip
         weights.hand_off(
             model, folder / "weights", record, plan, start_digests=module.start_digests,
             audio_token_id=data.chat.audio, save_tokenizer=data.chat.save,
         )  # fmt: skip
-        skipped = f"skipped: {module.ledger.summary()}"
-        print(f"{stage.name}: {module.done} steps{fall(folder)}; weights in {folder / 'weights'}; {skipped}")
+        print("\n".join([*ending(folder), f"skipped: {module.ledger.summary()}; weights in {folder / 'weights'}"]))
 
 
 def calibrates(stage: Stage, corpora: Sequence[CorpusIndex]) -> bool:
     """A fresh encoder that will hear audio needs one pass for the statistics of init_bn; a loaded one brings them."""
     fresh = adapt.matches("audio_encoder.init_bn.running_mean", stage.fresh)
-    return fresh and any(c.card.audio for c in corpora)
+    return fresh and any(r.audio for c in corpora for r in c.train)
 
 
 def run_stage(default: str, contract: Callable[[Stage], None], argv: Sequence[str] | None = None) -> int:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import os
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from midasheng.config import Stage, UserError
 from midasheng.data.ledger import Ledger
 from midasheng.data.loader import StepBatch
 from midasheng.model.audio_lm import AudioLM
-from midasheng.sample import Pack, counter_seed
+from midasheng.sample import counter_seed
+from midasheng.train.listening import ListeningTest
 from midasheng.train.meter import Meter, MetricsFile
 from midasheng.train.optim import clip, learning_rate, optimizer
 
@@ -57,16 +59,17 @@ class StageModule(L.LightningModule):
     """
 
     def __init__(
-        self, model: AudioLM, stage: Stage, course: Course, corpora: Sequence[str], val_packs: Sequence[Pack],
+        self, model: AudioLM, stage: Stage, course: Course, corpora: Sequence[str], test: ListeningTest,
         run: Path, start_digests: dict[str, str], stop: StopRequest,
     ) -> None:  # fmt: skip
         super().__init__()
         self.automatic_optimization = False
         self.model = model
         self.stage, self.course, self.run = stage, course, run
-        self.val_packs, self.start_digests, self.stop = val_packs, start_digests, stop
+        self.test, self.start_digests, self.stop = test, start_digests, stop
         self.meter = Meter(corpora)
         self.done = 0
+        self.began, self.seconds = time.monotonic(), 0.0  # of training, over all resumes
         self.plan_state: dict[str, Any] = {}
         self.shown: dict[str, float] = {}  # for the progress line
         self.ledger: Ledger | None = None
@@ -84,7 +87,9 @@ class StageModule(L.LightningModule):
         assert self.ledger is not None
         self.model.train()
         if self.done == 0:
-            self._validate()
+            self.model.eval()
+            self.test.before(self.model, *self._world())
+            self._validate(ends=True)
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """One optimizer step over this rank's packs. The loss is the sum of token losses over the targets of the whole
@@ -157,7 +162,9 @@ class StageModule(L.LightningModule):
             self.metrics.add({"step": self.done, "loss": row["loss"], "lr": lr, "grad_norm": norm, **row})
             self._log({"train/loss": row["loss"], "train/lr": lr, "train/grad_norm": norm})
         if self.done % log.val_every == 0 or last:
-            self._validate()
+            self._validate(ends=last)
+        if last and self.trainer.global_rank == 0 and self.stage.data.answers:
+            self.test.answer(self.model)
         if self.done % log.checkpoint_every == 0 or last or stop:
             self.save()
         if stop and not last:
@@ -166,23 +173,19 @@ class StageModule(L.LightningModule):
     def _log(self, values: dict[str, float]) -> None:
         for logger in self.loggers:
             logger.log_metrics(values, step=self.done)
-        self.shown |= {k.split("/")[1]: v for k, v in values.items() if k.endswith("loss")}
+        self.shown |= {k.split("/")[1]: v for k, v in values.items() if k.endswith(("loss", "listening"))}
 
-    @torch.no_grad()
-    def _validate(self) -> None:
-        """Loss on the held-out packs, split over ranks; per corpus sums and counts."""
-        if not self.val_packs:
-            return
+    def _world(self) -> tuple[int, int, Callable[[Tensor], Tensor]]:
+        return self.trainer.global_rank, self.trainer.world_size, self._sum_over_ranks
+
+    def _validate(self, *, ends: bool) -> None:
+        """Held-out loss and listening difference; `ends`: at the start and the end of the stage, all that is asked."""
         self.model.eval()
-        meter = Meter(self.meter.corpora)
-        for pack in self.val_packs[self.trainer.global_rank :: self.trainer.world_size]:
-            moved = pack.to(self.device)
-            meter.add(moved, self.model(moved))
-        row = meter.row(self._sum_over_ranks)
+        row = self.test.row(self.model, *self._world(), ends=ends)
         self.model.train()
-        kept = {name: row[name] for name in ("targets", "corpora")}
-        self.metrics.add({"step": self.done, "val_loss": row["loss"], **kept})
-        self._log({"val/val_loss": row["loss"]})
+        self.metrics.add({"step": self.done, **row})
+        heard = {"val/listening": row["listening"]["difference"]} if row.get("listening") else {}
+        self._log({"val/val_loss": row["val_loss"], **heard})
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
@@ -202,13 +205,14 @@ class StageModule(L.LightningModule):
         """Our own state beside Lightning's."""
         checkpoint["midasheng"] = {
             "step": self.done, "plan": self.plan_state, "sums": self._sum_over_ranks(self.meter.sums),
-            "start_digests": self.start_digests,
+            "start_digests": self.start_digests, "seconds": self.seconds + time.monotonic() - self.began,
         }  # fmt: skip
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take back our own state, and none of Lightning's loop counters."""
         own = checkpoint["midasheng"]
         self.done, self.plan_state, self.start_digests = own["step"], own["plan"], own["start_digests"]
+        self.seconds = own["seconds"]
         first = self.trainer.global_rank == 0  # the sums were reduced: one rank carries them on
         self.meter.sums = own["sums"].clone() if first else torch.zeros_like(own["sums"])
         checkpoint.pop("loops", None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Iterable
 from fnmatch import fnmatchcase
@@ -42,6 +43,7 @@ def groups(named: Iterable[tuple[str, nn.Parameter]], optim: Optim) -> list[dict
 
 def optimizer(named: Iterable[tuple[str, nn.Parameter]], optim: Optim) -> torch.optim.Optimizer:
     """The optimizer over all that learns."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # 4-bit kernels, which nobody asked for
     from bitsandbytes.optim import AdamW8bit
 
     kind = {"adamw8bit": AdamW8bit, "adamw": torch.optim.AdamW}[optim.name]

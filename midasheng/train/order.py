@@ -46,7 +46,7 @@ def command_line(default: str, argv: Sequence[str] | None = None) -> Order:
     parser.add_argument("--runs", default="runs")
     parser.add_argument("--fresh", action="store_true")
     parser.add_argument("settings", nargs="*", metavar="key=value")
-    a = parser.parse_args(argv)
+    a = parser.parse_intermixed_args(argv)
     path = Path(a.config or default)
     loaded = config.load(path, a.scale, a.settings)
     return Order(loaded, Path(a.runs), a.scale, a.name or path.stem, a.start_from, a.fresh)

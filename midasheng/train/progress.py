@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import sys
 from collections.abc import Iterator
@@ -12,13 +13,14 @@ from typing import Any
 import lightning as L
 from tqdm import tqdm
 
-from midasheng.train.meter import read_metrics
+from midasheng.train.listening import answer_table, verdict
+from midasheng.train.meter import clock, read_metrics
 from midasheng.train.module import StageModule, StopRequest
 from midasheng.train.order import is_first
 
 
 @contextmanager
-def listening(stop: StopRequest) -> Iterator[None]:
+def stoppable(stop: StopRequest) -> Iterator[None]:
     """Ctrl-C or SIGTERM asks for a stop between steps; a second one ends the process at once."""
 
     def on_signal(number: int, _: object) -> None:
@@ -77,9 +79,19 @@ def _stage_module(module: L.LightningModule) -> StageModule:
     return module
 
 
-def fall(folder: Path) -> str:
-    """How far validation loss fell, as text."""
-    losses = [row["val_loss"] for row in read_metrics(folder / "metrics.jsonl") if "val_loss" in row]
-    return (
-        f", validation loss {losses[0]:.3f} -> {losses[-1]:.3f} ({losses[-1] / losses[0] - 1:+.1%})" if losses else ""
-    )
+def ending(folder: Path) -> list[str]:
+    """What a finished run has to say: steps, time, losses, whether it listens, answers in words."""
+    record = json.loads((folder / "weights" / "stage.json").read_text(encoding="utf-8"))
+    rows = [row for row in read_metrics(folder / "metrics.jsonl") if "val_loss" in row]
+    lines = [f"{record['stage']}: {record['steps']} steps in {clock(record['seconds'])}"]
+    if rows:
+        first, last = rows[0], rows[-1]
+        fall = last["val_loss"] / first["val_loss"] - 1
+        lines[0] += f", validation loss {first['val_loss']:.3f} -> {last['val_loss']:.3f} ({fall:+.1%})"
+        lines += verdict(last)
+        for mix, row in last.get("also", {}).items():
+            before = first.get("also", {}).get(mix)  # data.also may change with a resume
+            change = f"{before['val_loss']:.3f} -> {row['val_loss']:.3f}" if before else f"{row['val_loss']:.3f}"
+            lines.append(f"also looked at, mix {mix}: validation loss {change}")
+    answers = folder / "answers.jsonl"
+    return lines + (answer_table(answers) if answers.is_file() else [])

@@ -43,6 +43,34 @@ def test_language_names_and_special_tokens_are_one_token(tmp_path):
     assert tokenizer.decode([russian], skip_special_tokens=True) == "Russian"
 
 
+def test_a_word_is_its_token_only_where_it_stands_alone_and_the_longest_word_wins(tmp_path):
+    """The "no" in "note" is none; otherwise a closed answer would share its token with parts of other words."""
+    words = ("no", "bass", "bass drum")
+    texts = ["A note, no bass; a bass drum, no bassoon. Pizzzza!"] * 20
+    save_tokenizer(train_tokenizer(texts, words, 256 + 6 + 3 + 1), tmp_path)  # with room for one merge, of "z"
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    no, bass, drum = (tokenizer.convert_tokens_to_ids(word) for word in words)
+    assert len({no, bass, drum}) == 3
+    for text, expected in {
+        "no": [no], "a note": [], "know": [], "nobody, no.": [no], "no-one": [no], "bass drum": [drum], "a bass": [bass],
+        "bassoon": [], "bass, bass drum": [bass, drum], "No": [],
+    }.items():  # fmt: skip
+        ids = tokenizer.encode(text)
+        assert [i for i in ids if i in (no, bass, drum)] == expected, text
+        assert tokenizer.decode(ids) == text
+    assert tokenizer.encode("bass drum") == [drum]
+
+
+def test_no_vocabulary_is_spent_on_merges_inside_words(tmp_path):
+    """But "no" cut out of "note" would leave "te" where "note" could have been learned."""
+    whole = train_tokenizer(["a note of a piano "] * 50, ("no",), 300).get_vocab()
+    assert all(any(word in token for token in whole) for word in ("note", "piano"))
+    alone = train_tokenizer(["say no ", "sing bass drum "] * 50, ("no", "bass", "bass drum"), 300).get_vocab()
+    assert not any(
+        part in token for token in alone if token not in ("no", "bass", "bass drum") for part in ("no", "dru", "bas")
+    )
+
+
 @pytest.mark.parametrize("n_tokens", [100, MAX_TOKENS + 1])
 def test_size_out_of_range_is_refused(n_tokens):
     with pytest.raises(UserError, match=str(n_tokens)):

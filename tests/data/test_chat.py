@@ -28,6 +28,11 @@ CASES = {  # turns, audio tokens of their clips, ChatML, answers
         [Turn("user", "Listen:", clips=1, text_first=True), TELL], [1],
         f"{USER}Listen:{clip(1)}{ANSWER}A Spanish tone.<|im_end|>", ["A Spanish tone."],
     ),
+    "words where a clip will stand": (
+        [Turn("user", "Which language?", told="Spanish, a woman"), TELL], [],
+        f"{USER}<|audio_bos|>Spanish, a woman<|audio_eos|>Which language?{ANSWER}A Spanish tone.<|im_end|>",
+        ["A Spanish tone."],
+    ),
     "system and two answers": (
         [Turn("system", "Be short."), ASK, TELL, Turn("user", "Sure?", clips=1), Turn("assistant", "yes")], [1, 2],
         f"<|im_start|>system\nBe short.<|im_end|>\n{USER}{clip(1)}Which language?{ANSWER}A Spanish tone.<|im_end|>\n"
@@ -61,6 +66,8 @@ def test_text_never_becomes_a_special_token(chat, text):
     special = [chat.im_start, chat.im_end, chat.audio, chat.audio_bos, chat.audio_eos, chat._id("<|endoftext|>")]
     assert [int((got.ids == s).sum()) for s in special] == [2, 2, 2, 1, 1, 0]
     assert got.is_audio.sum() == 2
+    told = chat.encode([Turn("user", "?", told=text), Turn("assistant", text)], [])
+    assert [int((told.ids == s).sum()) for s in special] == [2, 2, 0, 1, 1, 0]
     answer = got.labels[got.labels != NO_TARGET]
     assert chat.decode(answer[:-1]) == text
     assert answer[-1] == chat.im_end

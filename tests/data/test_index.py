@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import webdataset
 
-from midasheng.data.index import ShardError, index_corpus, scan
+from midasheng.data.index import Record, ShardError, index_corpus, scan
 from midasheng.data.manifest import Card, HeldOut, ManifestError
 from tests.conftest import flac, tone
 
@@ -169,6 +169,92 @@ def test_variants(tmp_path, chat):
     assert all(v.turns[0].clips == 1 for v in record.variants)
     (record,) = index_corpus(replace(CARD, prompts=[], answer="", pairs="pairs"), tmp_path, chat, 1.0).train
     assert [(v.turns[0].text, v.turns[1].text) for v in record.variants] == [("A?", "yes"), ("Is it so?", "no")]
+
+
+# -- clips heard, left out or told ------------------------------------------------------------------------------------
+
+TOLD_CARD = replace(CARD, context="{source}: {text}")
+
+
+def said(record: Record) -> list[tuple[str, str, str]]:
+    """(words that stand for the clip, question, answer) of each variant."""
+    return [(v.turns[0].told, v.turns[0].text, v.turns[1].text) for v in record.variants]
+
+
+def test_told_is_every_conversation_both_with_its_context_in_words_and_without(tmp_path, chat):
+    write(tmp_path / "a.tar", [("a.flac", SOUND), ("a.json", content(captions=["one", "two"]))])
+    card = replace(TOLD_CARD, prompts=["Write.", "Say {source}."], answer="captions")
+    bare = [("", question, answer) for question in ("Write.", "Say s.") for answer in ("one", "two")]
+    (record,) = index_corpus(card, tmp_path, chat, 1.0, "told").train
+    assert sorted(said(record)) == sorted(bare + [("s: a tone", q, a) for _, q, a in bare])
+    (record,) = index_corpus(replace(card, context=""), tmp_path, chat, 1.0, "told").train
+    assert said(record) == bare  # a card that has no words for its clip
+
+
+@pytest.mark.parametrize("clips", ["left_out", "told"])
+def test_a_clip_that_is_not_heard_leaves_no_slots_and_is_not_even_read(tmp_path, chat, clips):
+    """Also where it would be too long, broken or not there: the text is all there is."""
+    members = [("b.flac", flac(tone(1.5, 0))), ("b.json", content()), ("c.flac", b"x" * 99), ("c.json", content())]
+    write(tmp_path / "a.tar", [*good("a"), *members, ("d.json", content())])
+    index = index_corpus(TOLD_CARD, tmp_path, chat, 1.0, clips)
+    assert [r.key for r in index.train] == ["a", "b", "c", "d"]
+    for record in index.train:
+        assert (record.audio, record.n_samples, record.frames) == (None, 0, 0)
+        expected = [("", "Write.", "a tone"), ("s: a tone", "Write.", "a tone")]
+        assert said(record) == (expected if clips == "told" else expected[:1])
+        for number, variant in enumerate(record.variants):
+            assert [t.clips for t in variant.turns] == [0, 0]
+            encoded = chat.encode(variant.turns, [])
+            assert len(encoded.ids) == variant.slots == record.slots(number)
+            assert not encoded.is_audio.any()
+            assert chat.audio not in encoded.ids
+            assert (chat.audio_bos in encoded.ids) == bool(number)
+            assert variant.targets == record.variants[0].targets
+
+
+def test_heard_is_what_it_was_whatever_the_context(tmp_path, chat):
+    write(tmp_path / "a.tar", good("a", "b"))
+    plain, with_context = (index_corpus(card, tmp_path, chat, 1.0) for card in (CARD, TOLD_CARD))
+    assert plain.train == with_context.train == index_corpus(TOLD_CARD, tmp_path, chat, 1.0, "heard").train
+    assert plain.fingerprint() == with_context.fingerprint()
+    assert said(plain.train[0]) == [("", "Write.", "a tone")]
+    assert plain.train[0].variants[0].turns[0].clips == 1
+    assert plain.train[0].slots(0) > plain.train[0].variants[0].slots
+    prints = {index_corpus(TOLD_CARD, tmp_path, chat, 1.0, clips).fingerprint() for clips in ("left_out", "told")}
+    assert len(prints | {plain.fingerprint()}) == 3  # a resume under another data.clips would be another plan
+
+
+def test_the_same_records_are_held_out_whatever_is_heard(tmp_path, chat):
+    """Text pretraining must not see the words of what is validated on later."""
+    (tmp_path / "a").mkdir()
+    members = [(f"{n}.{e}", b) for n in range(40) for e, b in (("flac", SOUND), ("json", content(source=f"s{n % 20}")))]
+    write(tmp_path / "a" / "a.tar", members)
+    card = replace(TOLD_CARD, held_out=HeldOut("source", 0.4, 40))
+    out = [
+        {r.key for r in index_corpus(card, tmp_path / "a", chat, 1.0, clips).held_out}
+        for clips in ("heard", "left_out", "told")
+    ]
+    assert out[0] == out[1] == out[2] != set()
+
+
+def test_the_field_that_must_be_alike_is_kept_and_must_be_there(tmp_path, chat):
+    write(tmp_path / "a.tar", [("a.flac", SOUND), ("a.json", content(language="en", number=7))])
+    for field, value in {"": "", "language": "en", "number": "7"}.items():
+        (record,) = index_corpus(replace(CARD, alike=field), tmp_path, chat, 1.0).train
+        assert record.alike == value
+    with pytest.raises(ManifestError, match=r"a.json: card c asks for JSON field `voice`; there are .*'language'"):
+        index_corpus(replace(CARD, alike="voice"), tmp_path, chat, 1.0)
+    with pytest.raises(ManifestError, match=r"asks for JSON field 'voice'"):
+        index_corpus(replace(CARD, context="{voice}"), tmp_path, chat, 1.0, "told")
+
+
+def test_a_corpus_that_is_only_looked_at_may_be_held_out_as_a_whole(tmp_path, chat):
+    write(tmp_path / "a.tar", good("a", "b"))
+    card = replace(CARD, held_out=HeldOut("source", 1.0, 100))
+    with pytest.raises(ManifestError, match="no record can be trained on"):
+        index_corpus(card, tmp_path, chat, 1.0)
+    index = index_corpus(card, tmp_path, chat, 1.0, trains=False)
+    assert ([r.key for r in index.held_out], index.train) == (["a", "b"], ())
 
 
 # -- held out ---------------------------------------------------------------------------------------------------------

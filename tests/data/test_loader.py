@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from midasheng.data import loader as room
-from midasheng.data.audio import Skip, decode
+from midasheng.data.audio import decode
 from midasheng.data.index import CorpusIndex, index_corpus
 from midasheng.data.ledger import Skipped
-from midasheng.data.loader import StepBatch, first_clips, held_out_packs, load_sample, train_loader
+from midasheng.data.loader import StepBatch, first_clips, load_sample, train_loader
 from midasheng.data.manifest import read_mix
 from midasheng.data.plan import Budget, Planner, budget
 from midasheng.sample import NO_TARGET, Pack
@@ -28,7 +28,9 @@ class Room:
     def __init__(self, tiny: Tiny, chat, mix: str = "pretrain") -> None:
         read = read_mix(mix, tiny.manifests)
         self.chat, self.percent = chat, read.percent
-        self.corpora: list[CorpusIndex] = [index_corpus(card, tiny.shards, chat, 30.0) for card in read.cards]
+        self.corpora: list[CorpusIndex] = [
+            index_corpus(card, tiny.shards, chat, 30.0, "told" if mix == "text" else "heard") for card in read.cards
+        ]
         self.budget: Budget = budget(
             self.corpora, self.percent, kind="report", clips_per_step=18, packs_per_step=3, pack_slots=0, pack_frames=0
         )
@@ -71,10 +73,10 @@ def test_a_sample_has_the_slots_and_targets_that_were_planned(tiny_data, chat, m
     for corpus in Room(tiny_data, chat, mix).corpora:
         for record in (*corpus.train, *corpus.held_out):
             for number, variant in enumerate(record.variants):
-                sample = load_sample(corpus.card.name, corpus.card.task, record, number, chat)
+                sample = load_sample(corpus.card, record, number, chat)
                 assert len(sample.ids) == len(sample.labels) == len(sample.is_audio) == record.slots(number)
                 assert (sample.labels != NO_TARGET).sum() == variant.targets
-                assert [len(c) for c in sample.clips] == ([record.n_samples] if corpus.card.audio else [])
+                assert [len(c) for c in sample.clips] == ([record.n_samples] if mix != "text" else [])
 
 
 def test_batches_are_the_plan(data):
@@ -183,53 +185,3 @@ def test_first_clips(damaged):
     assert all(np.array_equal(a, b) for a, b in zip(first_clips(copy.planner(), 12), without, strict=True))
     every = len(list(first_clips(whole.planner(), 10_000)))
     assert 30 < every <= sum(len(c.train) for c in whole.corpora)
-
-
-# -- validation --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mix", MIXES)
-def test_held_out_records_stand_once_and_are_never_trained_on(tiny_data, chat, mix):
-    data = Room(tiny_data, chat, mix)
-    packs = held_out_packs(data.corpora, chat, data.budget, 1000)
-    pairs = [pair for p in packs for pair in zip(p.corpora, p.keys, strict=True)]
-    assert len(pairs) > 4
-    assert sorted(pairs) == sorted((c.card.name, r.key) for c in data.corpora for r in c.held_out)
-    validated = {key for _, key in pairs}
-    trained = {key for batch in data.batches(20) for p in batch.packs for key in p.keys}
-    assert not validated & trained
-    frames_of = {r.key: r.frames for c in data.corpora for r in c.held_out}
-    for p in packs:
-        assert p.targets > 0
-        assert len(p.ids_T) == data.budget.pack_slots
-        assert sum(frames_of[k] for k in p.keys) <= data.budget.pack_frames
-
-
-def test_held_out_up_to_a_number_per_corpus(data):
-    packs = held_out_packs(data.corpora, data.chat, data.budget, 2)
-    assert [c for p in packs for c in p.corpora] == ["tiny_asr"] * 2 + ["tiny_caption"] * 2
-    assert held_out_packs(data.corpora, data.chat, data.budget, 0) == []
-
-
-@pytest.mark.parametrize("cap", ["pack_slots", "pack_frames"])
-def test_held_out_record_beyond_the_budget_makes_no_empty_pack(data, cap):
-    records = [(n, r) for c in data.corpora for n, r in enumerate(c.held_out)]
-    costs = [r.frames if cap == "pack_frames" else r.slots(n % len(r.variants)) for n, r in records]
-    second = sorted(set(costs))[-2]
-    packs = held_out_packs(data.corpora, data.chat, replace(data.budget, **{cap: second}), 1000)
-    assert sum(len(p.keys) for p in packs) == sum(cost <= second for cost in costs)
-    assert all(p.keys for p in packs)
-
-
-def test_held_out_variants_go_round(data):
-    packs = held_out_packs(data.corpora[1:], data.chat, data.budget, 9)
-    said = "".join(data.chat.decode(p.labels_T[p.labels_T != NO_TARGET]) for p in packs)
-    assert all(form in said for form in ("A tone, number", "tone sounds", "Somebody plays"))
-
-
-def test_undecodable_held_out_record_is_left_out(data, monkeypatch):
-    def broken(*_):
-        raise Skip("undecodable")
-
-    monkeypatch.setattr(room, "decode", broken)
-    assert held_out_packs(data.corpora, data.chat, data.budget, 9) == []

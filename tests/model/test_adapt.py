@@ -84,6 +84,36 @@ def test_base_names_and_logits_are_those_before_lora(architecture):
     assert torch.equal(logits(after, row), logits(before, row))  # B starts at zero
 
 
+class Interrupted(Exception):
+    pass
+
+
+@pytest.mark.parametrize("architecture", [OMNI, QWEN3])
+def test_without_lora_a_model_is_its_base_and_with_it_again_afterwards(architecture):
+    """Also after an exception, and whatever alpha and rank are: both scales come back."""
+    base = tiny_lm(architecture).eval()
+    after, _ = adapted_lm("q_proj", "layers.0.mlp.*", architecture=architecture)
+    after.eval()
+    with torch.no_grad():
+        for name, tensor in adapt.lora_state(after).items():
+            if "lora_B" in name:
+                tensor += torch.randn(tensor.shape, generator=torch.Generator().manual_seed(0))
+    row = packed(conversation(0, 5_000), conversation(1))
+    adapted, expected = logits(after, row), logits(base, row)
+    assert (adapted - expected).abs().max() > 0.1
+    state = {n: t.clone() for n, t in after.state_dict().items()}
+    with adapt.without_lora(after):
+        assert torch.equal(logits(after, row), expected)
+        assert after.generate(row, stop=-1, limit=6) == base.generate(row, stop=-1, limit=6)
+    assert torch.equal(logits(after, row), adapted)
+    with pytest.raises(Interrupted), adapt.without_lora(after):
+        raise Interrupted
+    assert torch.equal(logits(after, row), adapted)
+    assert all(torch.equal(t, state[n]) for n, t in after.state_dict().items())
+    with adapt.without_lora(base):  # a stage without LoRA
+        assert torch.equal(logits(base, row), expected)
+
+
 def test_a_tied_head_is_one_tensor_of_the_state():
     assert "decoder.lm_head.weight" not in base_state(tiny_lm(tie_word_embeddings=True))
 

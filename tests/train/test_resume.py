@@ -192,6 +192,8 @@ def test_two_processes_are_the_same_run_as_one(tiny, tmp_path):
         assert a["targets"] == b["targets"]
         assert a.get("loss", a.get("val_loss")) == pytest.approx(b.get("loss", b.get("val_loss")), rel=1e-5)
         assert a.get("grad_norm", 0) == pytest.approx(b.get("grad_norm", 0), rel=1e-4)
+        for kind in ("listening", "alike", "text_only"):
+            assert (a.get(kind) or {}) == pytest.approx(b.get(kind) or {}, rel=1e-3, abs=1e-4)
     trained = [json.loads(line) for r in (0, 1) for line in (two / f"ledger/rank{r}.jsonl").read_text().splitlines()]
     for line in ledger(one):
         both = [k for t in trained if t["step"] == line["step"] for k in t["keys"]]

@@ -1,0 +1,179 @@
+"""Held-out samples, asked with their own clip, with another clip, and with none: validation and the listening test.
+
+Which clip stands in for which depends on the data alone, so that every validation, run and world asks the same.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from midasheng import frames
+from midasheng.data.audio import Skip
+from midasheng.data.chat import Chat
+from midasheng.data.index import CorpusIndex, Record
+from midasheng.data.loader import load_sample
+from midasheng.data.plan import Budget
+from midasheng.sample import Pack, Sample, pack, unit_hash
+
+OWN, OTHER, ALIKE, NONE = KINDS = ("own", "other", "alike", "none")
+MOST_ANSWERS = 12  # a question with more different answers than this in training is not a closed one
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One held-out sample, and the records whose clips stand in for its own; None where there is no such record.
+
+    `other`: the same question has another answer there. `alike`: besides, the card's field `alike` is equal, and of all
+    such clips it is the nearest in length, so that neither tells which answer is right.
+    """
+
+    corpus: int
+    record: Record
+    variant: int
+    other: Record | None
+    alike: Record | None
+
+    @property
+    def question(self) -> str:
+        """The user's words."""
+        return self.record.variants[self.variant].turns[0].text
+
+    @property
+    def answer(self) -> str:
+        """The assistant's words: the reference."""
+        return self.record.variants[self.variant].turns[-1].text
+
+
+@dataclass(frozen=True)
+class Closed:
+    """A closed question: one whose answers in training are few."""
+
+    asked: Asked
+    answers: tuple[str, ...]
+
+
+def _answers(record: Record, question: str) -> set[str]:
+    return {v.turns[-1].text for v in record.variants if v.turns[0].text == question}
+
+
+class HeldOutSet:
+    """The first `most` held-out records of each corpus of a mix, one variant each; variants go round, so that every
+    prompt and question form is asked."""
+
+    def __init__(self, name: str, corpora: Sequence[CorpusIndex], chat: Chat, budget: Budget, most: int) -> None:
+        self.name, self.corpora, self.chat, self.budget = name, corpora, chat, budget
+        self.asked: list[Asked] = []
+        for number, corpus in enumerate(corpora):
+            used: Counter[str] = Counter()
+            for place, record in enumerate(corpus.held_out[:most]):
+                variant = place % len(record.variants)
+                if self._fits(record, variant, record):
+                    self.asked.append(self._with_clips(number, record, variant, used))
+
+    def _fits(self, record: Record, variant: int, clip_of: Record) -> bool:
+        slots = record.variants[variant].slots + frames.audio_tokens(clip_of.n_samples) * bool(clip_of.audio)
+        return slots <= self.budget.pack_slots and clip_of.frames <= self.budget.pack_frames
+
+    def _with_clips(self, number: int, record: Record, variant: int, used: Counter[str]) -> Asked:
+        turns = record.variants[variant].turns
+        right = _answers(record, turns[0].text)
+        others = [
+            other for other in self.corpora[number].held_out
+            if (answers := _answers(other, turns[0].text)) and not answers & right
+            and record.audio and self._fits(record, variant, other)
+        ]  # fmt: skip
+        if not others:
+            return Asked(number, record, variant, None, None)
+        # the least used first: a clip that stands in everywhere would make one voice the whole test
+        other = min(others, key=lambda o: (used[o.key], unit_hash(f"other:{record.key}:{o.key}")))
+        used[other.key] += 1
+        alike = [o for o in others if o.alike == record.alike]
+        nearest = min(alike, key=lambda o: (abs(o.n_samples - record.n_samples), o.key), default=None)
+        return Asked(number, record, variant, other, nearest)
+
+    def packs(self, kind: str, rank: int = 0, world: int = 1) -> Iterator[tuple[tuple[int, ...], Pack]]:
+        """(numbers in `asked`, their pack), asked with the `kind` of clip; every world-th pack from `rank` on.
+
+        Decoded when it is asked for; a record that cannot be decoded is left out.
+        """
+        return self._packed(self.asked, kind, rank, world, answered=True)
+
+    def prompts(self, asked: Sequence[Asked], kind: str) -> Iterator[tuple[tuple[int, ...], Pack]]:
+        """(numbers in `asked`, the pack of their prompts, each ending where the answer begins), for `generate`."""
+        return self._packed(asked, kind, 0, 1, answered=False)
+
+    def _packed(
+        self, all_asked: Sequence[Asked], kind: str, rank: int, world: int, *, answered: bool
+    ) -> Iterator[tuple[tuple[int, ...], Pack]]:
+        rows: list[list[int]] = []
+        left = (0, 0)
+        for number, asked in enumerate(all_asked):
+            clip_of = self._clip_of(asked, kind)
+            if clip_of is None:
+                continue
+            heard = kind != NONE and clip_of.audio is not None
+            slots = asked.record.variants[asked.variant].slots + heard * frames.audio_tokens(clip_of.n_samples)
+            if slots > left[0] or clip_of.frames > left[1]:
+                rows.append([])
+                left = (self.budget.pack_slots, self.budget.pack_frames)
+            rows[-1].append(number)
+            left = (left[0] - slots, left[1] - clip_of.frames)
+        for row in rows[rank::world]:
+            loaded = {}
+            for number in row:
+                with contextlib.suppress(Skip):
+                    loaded[number] = self.sample(all_asked[number], kind, answered=answered)
+            samples = list(loaded.values())
+            if samples:
+                slots = self.budget.pack_slots if answered else sum(len(s.ids) for s in samples)
+                yield tuple(loaded), pack(samples, slots, self.chat.pad)
+
+    def _clip_of(self, asked: Asked, kind: str) -> Record | None:
+        return {OWN: asked.record, OTHER: asked.other, ALIKE: asked.alike, NONE: asked.record}[kind]
+
+    def sample(self, asked: Asked, kind: str, *, answered: bool = True) -> Sample:
+        """One sample with the `kind` of clip; `answered` False ends it where the answer begins. Raises Skip."""
+        card, clip_of = self.corpora[asked.corpus].card, self._clip_of(asked, kind)
+        return load_sample(card, asked.record, asked.variant, self.chat, clip_of, heard=kind != NONE, answered=answered)
+
+    @property
+    def hears(self) -> bool:
+        """Does any sample hold a clip?"""
+        return any(a.record.audio for a in self.asked)
+
+    def closed(self, most: int) -> list[Closed]:
+        """Closed questions of held-out clips, at most `most` for each corpus and set of answers, one for each clip."""
+        found = []
+        for number, corpus in enumerate(self.corpora):
+            trained: dict[str, Counter[str]] = {}
+            for record in corpus.train or corpus.held_out:
+                for variant in record.variants:
+                    turns = variant.turns
+                    trained.setdefault(turns[0].text, Counter())[turns[-1].text] += 1
+            few = {
+                q: c for q, c in trained.items() if 2 <= len(c) <= MOST_ANSWERS and c.total() >= 2 * len(c)
+            }  # an answer that comes once says nothing of how many there could be
+            groups: dict[tuple[str, ...], list[Closed]] = {}
+            for record in sorted(corpus.held_out, key=lambda r: unit_hash("closed:" + r.key)):
+                variants = sorted(range(len(record.variants)), key=lambda v: unit_hash(f"closed:{record.key}:{v}"))
+                taken = set()
+                for v in variants:
+                    counts = few.get(record.variants[v].turns[0].text)
+                    if counts is None or not self._fits(record, v, record):
+                        continue
+                    answers = tuple(sorted(counts))
+                    group = groups.setdefault(answers, [])
+                    if answers not in taken and len(group) < most:
+                        taken.add(answers)
+                        group.append(Closed(Asked(number, record, v, None, None), answers))
+            found += [closed for group in groups.values() for closed in group]
+        return found
+
+    def open(self, most: int) -> list[Asked]:
+        """The first few asked samples of each corpus in turn, at most `most` in all."""
+        of = [[a for a in self.asked if a.corpus == number] for number in range(len(self.corpora))]
+        turns = [row[i] for i in range(most) for row in of if i < len(row)]
+        return turns[:most]

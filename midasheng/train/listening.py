@@ -1,0 +1,249 @@
+"""The listening test: do a stage's answers hang on the audio, and are they better than those of a decoder without ears?
+
+A falling loss does not say so: the form of the answers alone makes it fall. So the held-out samples are asked again
+with another clip (their loss must rise), and before step 0 of the decoder alone (the stage must end below it).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from midasheng.data.held_out import ALIKE, NONE, OTHER, OWN, Asked, HeldOutSet
+from midasheng.model.adapt import without_lora
+from midasheng.model.audio_lm import AudioLM
+
+Reduce = Callable[[Tensor], Tensor]  # sum over ranks
+SURE = 3.0  # standard errors
+SHOWN = 8  # answers printed at the end
+LONGEST = 48  # tokens of an answer in words
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A difference of losses over the same samples, nats per target, with its standard error."""
+
+    difference: float
+    se: float
+    samples: int
+
+    @property
+    def sure(self) -> bool:
+        """Is the difference above 3 standard errors?"""
+        return self.samples > 1 and self.difference > SURE * self.se
+
+    def __str__(self) -> str:
+        return f"{self.difference:+.3f} +- {self.se:.3f}"
+
+
+def paired(low_A2: Tensor, high_A2: Tensor, clusters: Sequence[str]) -> Paired | None:
+    """How much higher the losses `high_A2` are than `low_A2`, per target. Rows are (loss sum, targets) of one sample.
+
+    A ratio of sums, as the loss itself is; its standard error by linearisation over clusters: samples of one clip (its
+    caption, its transcript) do not count as independent. Samples without targets on either side are left out; None when
+    fewer than two clusters remain.
+    """
+    both = ((low_A2[:, 1] > 0) & (high_A2[:, 1] > 0)).tolist()
+    sums: dict[str, list[float]] = {}
+    for keep, cluster, low, high in zip(both, clusters, low_A2.tolist(), high_A2.tolist(), strict=True):
+        if keep:
+            total = sums.setdefault(cluster, [0.0, 0.0])
+            total[0] += high[0] - low[0]
+            total[1] += low[1]
+    if len(sums) < 2:
+        return None
+    targets = sum(t for _, t in sums.values())
+    difference = sum(d for d, _ in sums.values()) / targets
+    k = len(sums)
+    squares = sum((d - difference * t) ** 2 for d, t in sums.values())
+    return Paired(difference, math.sqrt(squares * k / (k - 1)) / targets, sum(both))
+
+
+class ListeningTest:
+    """Asks the held-out sets of a stage. The first set is the stage's own mix; the others are looked at at both ends.
+
+    Writes below `run`: text_only.json (losses and answers of the decoder alone, before step 0) and answers.jsonl.
+    """
+
+    def __init__(self, sets: Sequence[HeldOutSet], run: Path, answers: int) -> None:
+        self.sets, self.run, self.answers = sets, run, answers
+
+    def losses(self, model: AudioLM, asked: HeldOutSet, kind: str, rank: int, world: int, reduce: Reduce) -> Tensor:
+        """(loss sum, targets) of each asked sample, float64 (A, 2), over all ranks; zeros where it was not asked."""
+        sums_A2 = torch.zeros(len(asked.asked), 2, dtype=torch.float64)
+        device = next(model.parameters()).device
+        for numbers, pack in asked.packs(kind, rank, world):
+            loss_S = model(pack.to(device)).double().cpu()
+            for number, loss, labels in zip(numbers, loss_S, pack.labels_T.split(pack.segments), strict=False):
+                sums_A2[number, 0] = loss
+                sums_A2[number, 1] = (labels != -100).sum()
+        return reduce(sums_A2)
+
+    @torch.no_grad()
+    def before(self, model: AudioLM, rank: int, world: int, reduce: Reduce) -> None:
+        """The decoder as the stage received it, without LoRA and without clips: what text alone can do."""
+        told = {}
+        with without_lora(model):
+            for asked in (s for s in self.sets if s.hears):
+                sums_A2 = self.losses(model, asked, NONE, rank, world, reduce).tolist()
+                for a, sums in zip(asked.asked, sums_A2, strict=True):
+                    told[_name(asked, a.corpus, a.record.key, a.variant)] = sums
+            answers = {}
+            for asked in self.sets if rank == 0 else ():
+                closed = [c.asked for c in asked.closed(self.answers)]
+                for a, answer in zip(closed, self._answers(model, asked, closed, NONE), strict=True):
+                    answers[_name(asked, a.corpus, a.record.key, a.variant)] = answer
+        if rank == 0:
+            text = json.dumps({"losses": told, "answers": answers}, ensure_ascii=False) + "\n"
+            (self.run / "text_only.json").write_text(text, encoding="utf-8")
+
+    @torch.no_grad()
+    def row(self, model: AudioLM, rank: int, world: int, reduce: Reduce, *, ends: bool) -> dict[str, Any]:
+        """Validation loss and listening difference; `ends`: of all sets and with all kinds of clips."""
+        row = self._look(model, self.sets[0], rank, world, reduce, ends=ends)
+        if ends and len(self.sets) > 1:
+            row["also"] = {s.name: self._look(model, s, rank, world, reduce, ends=True) for s in self.sets[1:]}
+        return row
+
+    def _look(
+        self, model: AudioLM, asked: HeldOutSet, rank: int, world: int, reduce: Reduce, *, ends: bool
+    ) -> dict[str, Any]:
+        own = self.losses(model, asked, OWN, rank, world, reduce)
+        found = {"listening": self.losses(model, asked, OTHER, rank, world, reduce)} if asked.hears else {}
+        if ends and asked.hears:
+            found["alike"] = self.losses(model, asked, ALIKE, rank, world, reduce)
+            found["text_only"] = self._text_only(asked)
+        loss, targets = own.sum(0).tolist()
+        corpora = {}
+        for number, corpus in enumerate(asked.corpora):
+            mine = torch.tensor([a.corpus == number for a in asked.asked], dtype=torch.bool)
+            corpora[corpus.card.name] = {
+                "loss_sum": float(own[mine, 0].sum()), "targets": int(own[mine, 1].sum()),
+                **{kind: self._paired(asked, own, sums, mine) for kind, sums in found.items()},
+            }  # fmt: skip
+        whole = torch.ones(len(asked.asked), dtype=torch.bool)
+        return {
+            "val_loss": loss / max(targets, 1), "targets": int(targets),
+            **{kind: self._paired(asked, own, sums, whole) for kind, sums in found.items()}, "corpora": corpora,
+        }  # fmt: skip
+
+    def _paired(self, asked: HeldOutSet, own_A2: Tensor, other_A2: Tensor, mine: Tensor) -> dict[str, Any] | None:
+        keys = [a.record.key for a, m in zip(asked.asked, mine.tolist(), strict=True) if m]
+        found = paired(own_A2[mine], other_A2[mine], keys)
+        return None if found is None else vars(found)
+
+    def _text_only(self, asked: HeldOutSet) -> Tensor:
+        losses = self._told()["losses"]
+        names = [_name(asked, a.corpus, a.record.key, a.variant) for a in asked.asked]
+        return torch.tensor([losses.get(name, [0.0, 0.0]) for name in names], dtype=torch.float64).reshape(-1, 2)
+
+    def _told(self) -> dict[str, Any]:
+        path = self.run / "text_only.json"
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {"losses": {}, "answers": {}}
+
+    # -- answers in words -------------------------------------------------------------------------------------------
+
+    def _answers(self, model: AudioLM, asked: HeldOutSet, questions: Sequence[Asked], kind: str) -> list[str]:
+        """Greedy answers in words; empty for a clip that cannot be decoded."""
+        answers = [""] * len(questions)
+        for numbers, prompts in asked.prompts(questions, kind):
+            ids = model.generate(prompts, asked.chat.im_end, LONGEST)
+            for number, answer in zip(numbers, ids, strict=True):
+                answers[number] = asked.chat.decode(answer)
+        return answers
+
+    @torch.no_grad()
+    def answer(self, model: AudioLM) -> None:
+        """Greedy answers to closed questions and to a few open ones, into answers.jsonl; on one rank."""
+        text_only = self._told()["answers"]
+        rows: list[dict[str, Any]] = []
+        for asked in self.sets:
+            closed = asked.closed(self.answers)
+            questions = [c.asked for c in closed] + asked.open(SHOWN)
+            answers = self._answers(model, asked, questions, OWN)
+            for number, (a, answer) in enumerate(zip(questions, answers, strict=True)):
+                corpus = asked.corpora[a.corpus].card.name
+                row: dict[str, Any] = {"mix": asked.name, "corpus": corpus, "key": a.record.key}
+                row |= {"question": a.question, "reference": a.answer, "answer": answer}
+                if number < len(closed):
+                    given = text_only.get(_name(asked, a.corpus, a.record.key, a.variant))
+                    row |= {"text_only": given, "answers": closed[number].answers}
+                rows.append(row)
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (self.run / "answers.jsonl").write_text(lines, encoding="utf-8")
+
+
+def _name(asked: HeldOutSet, corpus: int, key: str, variant: int) -> str:
+    return f"{asked.name}/{asked.corpora[corpus].card.name}/{key}/{variant}"
+
+
+# -- what is printed at the end --------------------------------------------------------------------------------------
+
+
+def verdict(row: dict[str, Any]) -> list[str]:
+    """The last row of a stage in words, with a warning for a stage that does not listen."""
+    if "listening" not in row:  # a stage without clips
+        return []
+    heard, alike, text = (row.get(kind) for kind in ("listening", "alike", "text_only"))
+    if heard is None:
+        return ["WARNING: no listening test: no held-out question has another answer for another clip"]
+    test = Paired(**heard)
+    lines = [f"listening: with another clip the same answers cost {test} nats a target ({test.samples} samples)"]
+    if alike:
+        lines.append(f"  with a clip as long and alike (language, where the card says so): {Paired(**alike)}")
+    if text:
+        below = text["difference"] / (row["val_loss"] + text["difference"])
+        lines.append(f"  the decoder alone, without any clip: {Paired(**text)}, so the stage is {below:.1%} below it")
+    for name, corpus in row["corpora"].items():
+        parts = [f"{label} {Paired(**corpus[kind])}" for kind, label in LABELS.items() if corpus.get(kind)]
+        loss = corpus["loss_sum"] / max(corpus["targets"], 1)
+        lines.append(f"    {name:24} loss {loss:.3f}   " + "   ".join(parts))
+    if not test.sure:
+        lines.append(
+            f"WARNING: THIS STAGE DOES NOT LISTEN. {test} is below {SURE:g} standard errors: its answers do not hang "
+            "on the audio, however far the loss fell"
+        )
+    elif text and not Paired(**text).sure:
+        lines.append("WARNING: this stage answers no better than the decoder alone, without any clip")
+    return lines
+
+
+LABELS = {"listening": "other clip", "alike": "alike", "text_only": "text only"}
+
+
+def answer_table(path: Path) -> list[str]:
+    """Exact match of the closed questions of an answers.jsonl, and a few open answers.
+
+    Beside it chance (as if the most frequent reference were always given) and the decoder alone.
+    """
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        if "answers" in row:
+            groups.setdefault((row["mix"], row["corpus"], *row["answers"]), []).append(row)
+    head = f"{'exact match of greedy answers':72}{'clips':>6}{'exact':>8}{'chance':>8}{'text only':>11}"
+    lines = [head] if groups else []
+    for (mix, corpus, *answers), group in groups.items():
+        label = f"{mix}: {corpus}: {' / '.join(answers)}"
+        label = label if len(label) < 71 else label[:67] + " ..."
+
+        chance = Counter(r["reference"] for r in group).most_common(1)[0][1] / len(group)
+        lines.append(
+            f"{label:72}{len(group):6}{_exact(group, 'answer'):>8}{chance:8.1%}{_exact(group, 'text_only'):>11}"
+        )
+    for row in [r for r in rows if "answers" not in r][:SHOWN]:
+        lines += [f"{row['question']}", f"    reference  {row['reference']}", f"    answer     {row['answer']}"]
+    return lines
+
+
+def _exact(rows: Sequence[dict[str, Any]], field: str) -> str:
+    given = [r for r in rows if r[field] is not None]
+    return f"{sum(r[field] == r['reference'] for r in given) / len(given):.1%}" if given else "-"
