@@ -34,6 +34,9 @@ def section(cls: type, doc: str) -> Any:
     return field(default_factory=cls, metadata={"doc": doc, "free": False})
 
 
+HEARD, LEFT_OUT, TOLD = CLIPS = ("heard", "left_out", "told")  # values of data.clips
+
+
 @dataclass
 class Lora:
     """LoRA through peft, on the decoder only."""
@@ -56,7 +59,7 @@ class Data:
     root: str = key("data/mini/shards", "folder that the shard patterns of the cards are relative to")
     max_audio_s: float = key(30.0, "longer clips (seconds) are skipped and counted as `too long`")
     clips: str = key(
-        "heard",
+        HEARD,
         "heard; left_out: no conversation holds its clip (the text-only control); told: text pretraining, two of "
         "three samples with the card's `context` in words where the clip will stand, the third with nothing",
     )
@@ -382,7 +385,7 @@ def _check_values(stage: Stage) -> None:
         "compute in bf16) or fp32. With weights in bf16 a weight of 0.02 does not move at a learning rate of 1e-5",
     )
     clips = stage.data.clips
-    require(clips in ("heard", "left_out", "told"), f"data.clips: {clips!r}; write heard, left_out or told")
+    require(clips in CLIPS, f"data.clips: {clips!r}; write {HEARD}, {LEFT_OUT} or {TOLD}")
     require(stage.optim.name in ("adamw8bit", "adamw"), f"optim.name: {stage.optim.name!r}; write adamw8bit or adamw")
     require(stage.lora.inherit in ("carry", "merge"), f"lora.inherit: {stage.lora.inherit!r}; write carry or merge")
     require(stage.lora.rank > 0, f"lora.rank: {stage.lora.rank}; a rank is at least 1 (no LoRA is `lora.targets: []`)")

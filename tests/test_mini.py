@@ -57,9 +57,9 @@ def test_three_stages_on_real_data_in_short(tmp_path, monkeypatch, scale):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("scale", ["mini"])
-def test_the_mini_model_listens(tmp_path, monkeypatch, scale):
+def test_the_mini_model_listens(tmp_path, monkeypatch):
     """The whole of `make stages`: every stage uses its audio and beats the decoder alone; answers are right."""
+    scale = "mini"
     needs_data(scale)
     monkeypatch.chdir(ROOT)
     torch.set_num_threads(2)

@@ -4,8 +4,6 @@ plan            what each clip will be                  by key; labels dealt out
 melody          -> Clip of generated-tones              text: its tones, which stands in for a transcript
 single_sound    -> Clip of generated-sounds             sound: one of ten
 rhythm          -> Clip of generated-beats              tempo: slow, medium or fast
-
-Texts avoid words that hold a closed word (noise, below): the tokenizer would cut them there.
 """
 
 import itertools
@@ -18,7 +16,7 @@ from numpy.typing import NDArray
 
 from midasheng.curate.shards import Clip
 from midasheng.frames import SAMPLE_RATE, seconds
-from midasheng.sample import counter_seed, unit_hash
+from midasheng.sample import counter_seed
 
 Wave = NDArray[np.float64]
 
@@ -55,10 +53,9 @@ CLOSED_WORDS: tuple[str, ...] = tuple(
 
 
 def clips() -> Iterator[Clip]:
-    """Every clip, in a fixed shuffle; equal bytes on every run."""
-    planned = plan()
-    for key in sorted(planned, key=lambda key: unit_hash("order:" + key)):
-        yield planned[key](np.random.default_rng(counter_seed("generated", key)))
+    """Every clip; equal bytes on every run."""
+    for key, make in plan().items():
+        yield make(np.random.default_rng(counter_seed("generated", key)))
 
 
 def plan() -> dict[str, Callable[[np.random.Generator], Clip]]:

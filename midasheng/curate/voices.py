@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from midasheng.config import UserError
 from midasheng.curate import debian
-from midasheng.curate.asterisk import MAX_CLIP_S, MIN_PEAK, SOUNDS, VOICES
+from midasheng.curate.asterisk import SOUNDS, VOICES, audio_problem
 from midasheng.curate.shards import Clip
 from midasheng.frames import SAMPLE_RATE, seconds
 from midasheng.sample import unit_hash
@@ -61,8 +61,7 @@ def other_voices(folders: dict[str, Path]) -> Iterator[Clip]:
             if prompt.startswith("silence/") or prompt in SOUNDS:
                 continue
             samples = from_phone(path.read_bytes())
-            loud = np.abs(samples.astype(np.int32)).max(initial=0) >= MIN_PEAK * 32_768
-            if not MIN_CLIP_S <= seconds(len(samples)) <= MAX_CLIP_S or not loud:
+            if seconds(len(samples)) < MIN_CLIP_S or audio_problem(samples, text=""):
                 continue
             key = f"{package.removeprefix('asterisk-prompt-')}_{prompt}".replace("/", "_").replace(".", "_")
             yield Clip("voices-other-phone", key, samples, _record(key, language, samples), "test")

@@ -149,7 +149,7 @@ class HeldOutSet:
         found = []
         for number, corpus in enumerate(self.corpora):
             trained: dict[str, Counter[str]] = {}
-            for record in corpus.train or corpus.held_out:
+            for record in corpus.train or corpus.held_out:  # a mix that is only asked about has nothing else
                 for variant in record.variants:
                     turns = variant.turns
                     trained.setdefault(turns[0].text, Counter())[turns[-1].text] += 1

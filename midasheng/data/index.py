@@ -15,7 +15,7 @@ import numpy as np
 from webdataset.tariterators import base_plus_ext
 
 from midasheng import frames
-from midasheng.config import UserError
+from midasheng.config import HEARD, TOLD, UserError
 from midasheng.data.audio import Skip, planned_samples
 from midasheng.data.chat import Chat
 from midasheng.data.manifest import Card, ManifestError
@@ -134,9 +134,6 @@ class CorpusIndex:
             digest.update(repr((record.key, record.n_samples, counts)).encode())
         digest.update(np.ascontiguousarray(self.shard_of, dtype=np.int64).tobytes())
         return digest.hexdigest()[:16]
-
-
-HEARD, LEFT_OUT, TOLD = CLIPS = ("heard", "left_out", "told")
 
 
 def conversations(card: Card, content: dict[str, Any], where: str, clips: str = HEARD) -> list[tuple[Turn, ...]]:

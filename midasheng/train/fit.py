@@ -280,7 +280,7 @@ def train(
             trainer.fit(module, loader, ckpt_path=resume if saved else None, weights_only=True)
     else:  # trained to the end, then killed before the hand-off
         module.load_state_dict(torch.load(resume, map_location="cpu", weights_only=True)["state_dict"])
-        module.done, module.start_digests = steps_done, saved["start_digests"]
+        module.done, module.start_digests, module.seconds = steps_done, saved["start_digests"], saved["seconds"]
     if trainer.is_global_zero:
         record = {
             "stage": stage.name, "name": order.name, "scale": order.scale, "steps": module.done,
@@ -288,7 +288,7 @@ def train(
             "git_commit": git_commit(), "config_hash": config.fingerprint(stage), "midasheng": __version__,
             "torch": str(torch.__version__), "trained": list(stage.train), "lora": list(stage.lora.targets),
             "tokenizer": data.chat.fingerprint(), "skipped": module.ledger.summary(),
-            "seconds": round(torch.load(resume, map_location="cpu", weights_only=True)["midasheng"]["seconds"], 1),
+            "seconds": round(module.seconds, 1),
         }  # fmt: skip
         weights.hand_off(
             model, folder / "weights", record, plan, start_digests=module.start_digests,

@@ -20,6 +20,7 @@ from torch import Tensor
 from midasheng.data.held_out import ALIKE, NONE, OTHER, OWN, Asked, HeldOutSet
 from midasheng.model.adapt import without_lora
 from midasheng.model.audio_lm import AudioLM
+from midasheng.sample import NO_TARGET
 
 Reduce = Callable[[Tensor], Tensor]  # sum over ranks
 SURE = 3.0  # standard errors
@@ -68,7 +69,8 @@ def paired(low_A2: Tensor, high_A2: Tensor, clusters: Sequence[str]) -> Paired |
 
 
 class ListeningTest:
-    """Asks the held-out sets of a stage. The first set is the stage's own mix; the others are looked at at both ends.
+    """Asks the held-out sets of a stage. The first set is the stage's own mix; of the others the loss is taken at both
+    ends, and their questions are answered.
 
     Writes below `run`: text_only.json (losses and answers of the decoder alone, before step 0) and answers.jsonl.
     """
@@ -82,9 +84,10 @@ class ListeningTest:
         device = next(model.parameters()).device
         for numbers, pack in asked.packs(kind, rank, world):
             loss_S = model(pack.to(device)).double().cpu()
-            for number, loss, labels in zip(numbers, loss_S, pack.labels_T.split(pack.segments), strict=False):
+            labels = pack.labels_T.split(pack.segments)[: len(numbers)]  # behind the samples there may be a tail
+            for number, loss, labels_t in zip(numbers, loss_S[: len(numbers)], labels, strict=True):
                 sums_A2[number, 0] = loss
-                sums_A2[number, 1] = (labels != -100).sum()
+                sums_A2[number, 1] = (labels_t != NO_TARGET).sum()
         return reduce(sums_A2)
 
     @torch.no_grad()
@@ -92,10 +95,11 @@ class ListeningTest:
         """The decoder as the stage received it, without LoRA and without clips: what text alone can do."""
         told = {}
         with without_lora(model):
-            for asked in (s for s in self.sets if s.hears):
-                sums_A2 = self.losses(model, asked, NONE, rank, world, reduce).tolist()
-                for a, sums in zip(asked.asked, sums_A2, strict=True):
-                    told[_name(asked, a.corpus, a.record.key, a.variant)] = sums
+            first = self.sets[0]
+            if first.hears:
+                sums_A2 = self.losses(model, first, NONE, rank, world, reduce).tolist()
+                for a, sums in zip(first.asked, sums_A2, strict=True):
+                    told[_name(first, a.corpus, a.record.key, a.variant)] = sums
             answers = {}
             for asked in self.sets if rank == 0 else ():
                 closed = [c.asked for c in asked.closed(self.answers)]
@@ -107,20 +111,19 @@ class ListeningTest:
 
     @torch.no_grad()
     def row(self, model: AudioLM, rank: int, world: int, reduce: Reduce, *, ends: bool) -> dict[str, Any]:
-        """Validation loss and listening difference; `ends`: of all sets and with all kinds of clips."""
-        row = self._look(model, self.sets[0], rank, world, reduce, ends=ends)
-        if ends and len(self.sets) > 1:
-            row["also"] = {s.name: self._look(model, s, rank, world, reduce, ends=True) for s in self.sets[1:]}
+        """Validation loss and listening difference; `ends`: with all kinds of clips, and the loss of the other sets."""
+        first, *others = self.sets
+        own = self.losses(model, first, OWN, rank, world, reduce)
+        found = {"listening": self.losses(model, first, OTHER, rank, world, reduce)} if first.hears else {}
+        if ends and first.hears:
+            found["alike"] = self.losses(model, first, ALIKE, rank, world, reduce)
+            found["text_only"] = self._text_only(first)
+        row = self._row(first, own, found)
+        if ends and others:
+            row["also"] = {s.name: self._row(s, self.losses(model, s, OWN, rank, world, reduce), {}) for s in others}
         return row
 
-    def _look(
-        self, model: AudioLM, asked: HeldOutSet, rank: int, world: int, reduce: Reduce, *, ends: bool
-    ) -> dict[str, Any]:
-        own = self.losses(model, asked, OWN, rank, world, reduce)
-        found = {"listening": self.losses(model, asked, OTHER, rank, world, reduce)} if asked.hears else {}
-        if ends and asked.hears:
-            found["alike"] = self.losses(model, asked, ALIKE, rank, world, reduce)
-            found["text_only"] = self._text_only(asked)
+    def _row(self, asked: HeldOutSet, own: Tensor, found: dict[str, Tensor]) -> dict[str, Any]:
         loss, targets = own.sum(0).tolist()
         corpora = {}
         for number, corpus in enumerate(asked.corpora):

@@ -69,7 +69,7 @@ class StageModule(L.LightningModule):
         self.test, self.start_digests, self.stop = test, start_digests, stop
         self.meter = Meter(corpora)
         self.done = 0
-        self.began, self.seconds = time.monotonic(), 0.0  # of training, over all resumes
+        self.began, self.seconds = time.monotonic(), 0.0  # training up to the last checkpoint, over all resumes
         self.plan_state: dict[str, Any] = {}
         self.shown: dict[str, float] = {}  # for the progress line
         self.ledger: Ledger | None = None
@@ -203,9 +203,11 @@ class StageModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Our own state beside Lightning's."""
+        now = time.monotonic()
+        self.seconds, self.began = self.seconds + now - self.began, now
         checkpoint["midasheng"] = {
             "step": self.done, "plan": self.plan_state, "sums": self._sum_over_ranks(self.meter.sums),
-            "start_digests": self.start_digests, "seconds": self.seconds + time.monotonic() - self.began,
+            "start_digests": self.start_digests, "seconds": self.seconds,
         }  # fmt: skip
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

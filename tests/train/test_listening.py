@@ -178,16 +178,16 @@ def test_ranks_add_up_to_the_losses_of_one(models, sets, tmp_path, world):
 
 def test_text_only_is_the_decoder_as_it_was_without_its_lora_and_without_a_clip(models, sets, tmp_path):
     base, lora = models
-    ListeningTest(sets, tmp_path, 0).before(lora, 0, 1, same)
-    told = json.loads((tmp_path / "text_only.json").read_text())
-    assert told["answers"] == {}
     for asked in sets:
+        ListeningTest([asked], tmp_path, 0).before(lora, 0, 1, same)
+        told = json.loads((tmp_path / "text_only.json").read_text())
+        assert told["answers"] == {}
+        assert len(told["losses"]) == len(asked.asked)
         expected, other = one_by_one(base, asked, NONE), one_by_one(lora, asked, NONE)
-        found = ListeningTest(sets, tmp_path, 0)._text_only(asked)
+        found = ListeningTest([asked], tmp_path, 0)._text_only(asked)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         assert ((found - other)[:, 0].abs() > 0.1).all()  # the LoRA would show
         assert ((found - one_by_one(base, asked, OWN))[:, 0].abs() > 1e-3).all()  # and so would the clip
-    assert len(told["losses"]) == sum(len(s.asked) for s in sets)
     with torch.no_grad():
         back = ListeningTest(sets, tmp_path, 0).losses(lora, sets[0], NONE, 0, 1, same)
     torch.testing.assert_close(back, one_by_one(lora, sets[0], NONE), rtol=1e-4, atol=1e-4)  # LoRA acts again
@@ -200,6 +200,7 @@ def test_the_row_holds_sums_and_pairs_of_the_same_samples(models, sets, tmp_path
     row = test.row(lora, 0, 1, same, ends=True)
     assert row["also"].keys() == {"sft"}
     for asked, found in zip(sets, (row, row["also"]["sft"]), strict=True):
+        listens = asked is sets[0]  # of the others the loss alone
         own = one_by_one(lora, asked, OWN)
         keys = [a.record.key for a in asked.asked]
         against = {
@@ -209,7 +210,8 @@ def test_the_row_holds_sums_and_pairs_of_the_same_samples(models, sets, tmp_path
         assert found["val_loss"] == pytest.approx(float(own[:, 0].sum() / own[:, 1].sum()), rel=1e-4)
         assert found["targets"] == int(own[:, 1].sum())
         of = [a.corpus for a in asked.asked]
-        for kind, other in against.items():
+        assert ("listening" in found) == listens
+        for kind, other in against.items() if listens else ():
             assert found[kind] == pytest.approx(vars(paired(own, other, keys)), rel=1e-2, abs=1e-4)
             for number, corpus in enumerate(asked.corpora):
                 mine = [i for i, c in enumerate(of) if c == number]
@@ -219,8 +221,11 @@ def test_the_row_holds_sums_and_pairs_of_the_same_samples(models, sets, tmp_path
                     assert part[kind] is None
                 else:
                     assert part[kind] == pytest.approx(vars(expected), rel=1e-2, abs=1e-4)
-                assert part["loss_sum"] == pytest.approx(float(own[mine, 0].sum()), rel=1e-4)
-                assert part["targets"] == int(own[mine, 1].sum())
+        for number, corpus in enumerate(asked.corpora):
+            mine = [i for i, c in enumerate(of) if c == number]
+            part = found["corpora"][corpus.card.name]
+            assert part["loss_sum"] == pytest.approx(float(own[mine, 0].sum()), rel=1e-4)
+            assert part["targets"] == int(own[mine, 1].sum())
     assert row["listening"]["samples"] == 12
     assert "also" not in test.row(lora, 0, 1, same, ends=False)
     between = test.row(lora, 0, 1, same, ends=False)
@@ -414,7 +419,7 @@ def test_rows_of_a_stage(whole):
     assert set(rows[0]) == set(rows[2]) == {"step", "val_loss", "targets", "corpora", "also", *HEARD}
     assert set(rows[1]) == {"step", "val_loss", "targets", "corpora", "listening"}
     for row in (rows[0], rows[2]):
-        assert set(row["also"]["sft"]) == {"val_loss", "targets", "corpora", *HEARD}
+        assert set(row["also"]["sft"]) == {"val_loss", "targets", "corpora"}
         assert row["listening"]["samples"] == 4
         assert set(row["corpora"]["tiny_caption"]) == {"loss_sum", "targets", *HEARD}
         alone = row["val_loss"] + row["text_only"]["difference"]
@@ -538,9 +543,9 @@ def test_lora_of_the_stage_before_is_no_part_of_the_decoder_alone(tiny, whole, t
     strong = {"optim__lr_for": "{'*.lora_*': 0.1}"}
     shutil.copytree(whole[0], tmp_path / "mini/stage1_align")
     two = run_stage("stage2_pretrain", tiny, tmp_path, **LOOK, **strong)
-    three = run_stage("stage3_sft", tiny, tmp_path)
+    three = run_stage("stage3_sft", tiny, tmp_path, data__mix="pretrain")  # the same questions
     of_two, of_three = (json.loads((f / "text_only.json").read_text())["losses"] for f in (two, three))
-    assert len(of_three) == 4
+    assert len(of_three) == 8
     for name, sums in of_three.items():
         assert sums == pytest.approx(of_two[name], rel=1e-5)
     rows = [r for r in read_metrics(two / "metrics.jsonl") if "val_loss" in r]
