@@ -9,6 +9,8 @@ CONFIG ?=
 FROM   ?=
 SET    ?=
 FRESH  ?=
+STEP   ?=
+KEY    ?=
 
 PY     := .venv/bin/python
 SMALL   = $(filter mini generated,$(SCALE))
@@ -19,7 +21,7 @@ STAGE   = $(PY) -m stages.$(1) --scale "$(SCALE)" --runs "$(RUNS)" $(if $(CONFIG
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data stage1 stage2 stage3 stages curves keys test lint
+.PHONY: help setup data index stage1 stage2 stage3 stages curves audit keys bench test lint
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -59,11 +61,23 @@ stages:  ## data, then the three stages one after the other, then the curves
 	@for verb in $(if $(SMALL),data) stage1 stage2 stage3 curves; do $(MAKE) --no-print-directory $$verb || exit $$?; done
 	@echo "answers in words: $(RUNS)/$(SCALE)/stage3_sft/answers.jsonl"
 
+index: setup  ## one pass over the shards of SCALE: what is there, what is left out and why, what is damaged
+	@$(PY) -m stages.index --scale "$(SCALE)" $(if $(CONFIG),--config "$(CONFIG)") $(SET)
+
+audit: setup  ## what run NAME was really trained on (STEP=n: the samples of a step; KEY=corpus/key: where it was used)
+	@[ -n "$(NAME)" ] || { echo "error: say which run: make audit NAME=stage2_pretrain"; exit 2; }
+	@$(PY) -m stages.audit --scale "$(SCALE)" --runs "$(RUNS)" --name "$(NAME)" $(if $(STEP),--step $(STEP)) \
+	  $(if $(KEY),--key "$(KEY)")
+
 curves: setup  ## draw the loss of every run of SCALE into $(RUNS)/$(SCALE)/curves.png, print a table
 	@$(PY) -m stages.curves --scale "$(SCALE)" --runs "$(RUNS)"
 
 keys: setup  ## every config key with its default and its sentence
 	@$(PY) -m stages.keys
+
+bench: setup  ## ratios of one run: reading real shards against bare decoding; the plan of 10 million records
+	@$(PY) -m benchmarks.loader 100000
+	@$(PY) -m benchmarks.plan
 
 test: setup  ## all tests, with the three stages in short on recordings and on generated sounds
 	@$(PY) -m stages.prepare --out data/generated --generated

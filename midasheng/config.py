@@ -63,6 +63,16 @@ class Data:
         "heard; left_out: no conversation holds its clip (the text-only control); told: text pretraining, two of "
         "three samples with the card's `context` in words where the clip will stand, the third with nothing",
     )
+    index: str = key("", "folder of the shards' index; empty: .index below a local data.root", free=True)
+    decode_share: float = key(
+        0.01, "share of the clips that are decoded while indexing, to see that headers tell the truth", free=True
+    )
+    damaged: str = key("refuse", "a shard that is cut off or damaged: refuse, or keep what is whole in it", free=True)
+    on_change: str = key(
+        "refuse",
+        "a resume whose mix, data, batch, seed or length changed: refuse, or restart_plan (a new order)",
+        free=True,
+    )
     val_clips: int = key(64, "held-out records per corpus that are validated on", free=True)
     also: list[str] = key([], "other mixes to look at, at the start and at the end: their held-out records", free=True)
     answers: int = key(0, "held-out clips per closed question that are answered at the end; 0: none", free=True)
@@ -154,6 +164,7 @@ class Hardware:
     devices: int = key(1, "processes (GPUs) per node", free=True)
     nodes: int = key(1, "nodes", free=True)
     workers: int = key(2, "loader processes per rank; 0 loads in the training process", free=True)
+    prefetch: int = key(2, "steps that each loader process loads ahead", free=True)
     threads: int = key(0, "torch CPU threads per process; 0 leaves torch's own choice", free=True)
 
 
@@ -389,6 +400,11 @@ def _check_values(stage: Stage) -> None:
     require(stage.optim.name in ("adamw8bit", "adamw"), f"optim.name: {stage.optim.name!r}; write adamw8bit or adamw")
     require(stage.lora.inherit in ("carry", "merge"), f"lora.inherit: {stage.lora.inherit!r}; write carry or merge")
     require(stage.lora.rank > 0, f"lora.rank: {stage.lora.rank}; a rank is at least 1 (no LoRA is `lora.targets: []`)")
+    for name, value, allowed in (
+        ("data.damaged", stage.data.damaged, ("refuse", "keep")),
+        ("data.on_change", stage.data.on_change, ("refuse", "restart_plan")),
+    ):
+        require(value in allowed, f"{name}: {value!r}; write {allowed[0]} or {allowed[1]}")
     kind = stage.batch.kind
     require(kind in ("report", "throughput"), f"batch.kind: {kind!r}; write report or throughput")
     require(stage.batch.packs_per_step > 0, f"batch.packs_per_step: {stage.batch.packs_per_step}; at least 1")
@@ -411,6 +427,24 @@ def _check_values(stage: Stage) -> None:
 def saved(path: Path) -> dict[str, Any]:
     """Dotted key -> value of a run folder's config.yaml (as `Loaded.yaml` wrote it). Raises ConfigError."""
     return _read(path)
+
+
+def of_run(path: Path) -> Stage:
+    """The stage of a run folder's config.yaml. Raises ConfigError."""
+    nested: dict[str, Any] = {}
+    for name, value in _read(path).items():
+        *sections, last = name.split(".")
+        inner = nested
+        for part in sections:
+            inner = inner.setdefault(part, {})
+        inner[last] = value
+    _check_keys(str(path), nested)
+    try:
+        stage = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Stage), nested))
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"{path}: {_explained(error)}") from None
+    assert isinstance(stage, Stage)
+    return stage
 
 
 def binding(stage: Stage) -> dict[str, Any]:

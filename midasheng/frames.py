@@ -4,6 +4,13 @@ Source: MiDashengLM report section 3 and the released processor; see `audio_toke
 published code disagrees with itself.
 """
 
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Count = TypeVar("Count", int, NDArray[np.int64])  # one length, or an array of them
+
 SAMPLE_RATE = 16_000  # Hz; everything behind data/audio.py is mono float32 at this rate
 HOP = 160  # samples from one mel frame to the next: 100 mel frames a second
 N_FFT = 512  # samples under one (periodic Hann) window
@@ -14,17 +21,22 @@ CHUNK = 252  # encoder frames that see each other: 10.08 s, the length Dasheng w
 MIN_SAMPLES = 3_200  # 0.2 s; shorter clips have no audio token and are skipped in training
 
 
-def mel_frames(n_samples: int) -> int:
+def mel_frames(n_samples: Count) -> Count:
     """Mel frames (100 Hz) of a clip of `n_samples` samples, centred windows as in torchaudio."""
     return 1 + n_samples // HOP
 
 
-def frames(n_samples: int) -> int:
+def frames(n_samples: Count) -> Count:
     """Encoder frames (25 Hz) of a clip of `n_samples` samples; the remainder of the mel frames is dropped."""
     return mel_frames(n_samples) // PATCH
 
 
-def audio_tokens(n_samples: int) -> int:
+def most_samples(n_frames: int) -> int:
+    """The longest clip in samples that still has `n_frames` frames."""
+    return ((n_frames + 1) * PATCH - 1) * HOP - 1
+
+
+def audio_tokens(n_samples: Count) -> Count:
     """Audio tokens (5 Hz) of a clip of `n_samples` samples; floor, as the released processor counts placeholders.
 
     The released projector mask rounds up instead (any of five frames), which only shows when clips are padded into a

@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 NO_TARGET = -100  # label of a slot without loss
@@ -94,8 +95,13 @@ class Pack:
         return replace(self, **moved)
 
 
-def pack(samples: list[Sample], pack_slots: int, pad_id: int) -> Pack:
-    """Lay samples end to end in a row of `pack_slots` slots. Raises AssertionError when they do not fit."""
+def pack(
+    samples: list[Sample], pack_slots: int, pad_id: int, audio_L: NDArray[np.float32] | None = None
+) -> Pack:  # fmt: skip
+    """Lay samples end to end in a row of `pack_slots` slots. `audio_L`: their clips, where they lie end to end already.
+
+    Raises AssertionError when they do not fit.
+    """
     lengths = [len(s.ids) for s in samples]
     tail = pack_slots - sum(lengths)
     assert tail >= 0, f"{sum(lengths)} slots planned into a pack of {pack_slots}"
@@ -105,12 +111,15 @@ def pack(samples: list[Sample], pack_slots: int, pad_id: int) -> Pack:
     labels = np.concatenate([*(s.labels for s in samples), np.full(tail, NO_TARGET, dtype=np.int64)])
     is_audio = np.concatenate([*(s.is_audio for s in samples), np.zeros(tail, dtype=bool)])
     clips = [clip for s in samples for clip in s.clips]
+    assert audio_L is None or len(audio_L) == sum(map(len, clips))
     return Pack(
         ids_T=torch.from_numpy(ids),
         labels_T=torch.from_numpy(labels),
         position_T=torch.from_numpy(np.concatenate([np.arange(n) for n in segments] or empty)),
         is_audio_T=torch.from_numpy(is_audio),
-        audio_L=torch.from_numpy(np.concatenate(clips or [np.zeros(0, dtype=np.float32)])),
+        audio_L=torch.from_numpy(
+            np.concatenate([*clips, np.zeros(0, dtype=np.float32)]) if audio_L is None else audio_L
+        ),
         segments=tuple(segments),
         clips=tuple(len(clip) for clip in clips),
         keys=tuple(s.key for s in samples),

@@ -23,6 +23,10 @@ import yaml
 
 from midasheng.curate import tokenizer as tokenizer_room
 from midasheng.data.chat import Chat
+from midasheng.data.index import CorpusIndex, Record, open_corpus
+from midasheng.data.ledger import read_ledger
+from midasheng.data.manifest import Card
+from midasheng.data.shard import Reading
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LANGUAGES = ("English", "Spanish", "French")
@@ -130,6 +134,33 @@ def make_tiny(root: Path, clips: int = 42) -> Tiny:
     return tiny
 
 
+def open_index(
+    card: Card, root: Path, chat: Chat, max_audio_s: float = 30.0, clips: str = "heard", decode_share: float = 0.0
+) -> CorpusIndex:
+    """The index of a corpus; its side files lie beside the folder of its shards."""
+    reading = Reading(card, chat, clips, decode_share)
+    return open_corpus(reading, str(root), root.parent / "index", max_audio_s, make=True)
+
+
+def training_records(corpus: CorpusIndex) -> list[Record]:
+    """All of them, by number."""
+    return [corpus.read(number)[0] for number in range(len(corpus))]
+
+
+Row = tuple[int, int, int, int]  # of the ledger: corpus, epoch, position, trained
+
+
+def ledger_rows(folder: Path) -> dict[int, list[Row]]:
+    """Step -> what all ranks trained on, sorted; every rank has a part of every step."""
+    found: dict[int, list[Row]] = {}
+    for steps in read_ledger(folder):
+        ends = np.cumsum(steps.samples).tolist()
+        assert ends[-1] == len(steps.rows)
+        for number, end, count in zip(steps.step.tolist(), ends, steps.samples.tolist(), strict=True):
+            found.setdefault(number, []).extend(tuple(row) for row in steps.rows[end - count : end].tolist())
+    return {number: sorted(rows) for number, rows in sorted(found.items())}
+
+
 @pytest.fixture(scope="session")
 def tiny_data(tmp_path_factory: pytest.TempPathFactory) -> Tiny:
     """The tiny corpus with its tokenizer, made once."""
@@ -165,6 +196,20 @@ def order_for(
     path = Path(config) if config else CONFIGS / f"{stage}.yaml"
     loaded = config_room.load(path, "mini", tiny.settings(**more), CONFIGS)
     return Order(loaded, runs, "mini", name or stage, start_from, fresh)
+
+
+def trained_keys(folder: Path, order) -> dict[int, list[str]]:
+    """Step -> CORPUS/KEY of what a run's ledger says it trained on; `order` as the run was asked for."""
+    from midasheng.data.plan import Planned
+    from midasheng.data.room import read_data
+
+    data = read_data(order.stage, make=False)
+    plan = data.planner(order.stage.run.seed)
+    found: dict[int, list[str]] = {}
+    for number, rows in ledger_rows(folder).items():
+        samples = [Planned(*plan.rows(c, e, np.asarray([p]))[0].tolist()) for c, e, p, good in rows if good]
+        found[number] = [f"{data.corpora[s.corpus].card.name}/{data.corpora[s.corpus].key(s.record)}" for s in samples]
+    return found
 
 
 def run_stage(stage: str, tiny: Tiny, runs: Path, *, scale_folder: bool = True, **more: object) -> Path:

@@ -54,6 +54,8 @@ def small(tmp_path: Path, stage: str = SMALL, scale: str = "{}", settings: tuple
         ("optim: {name: sgd}", "adamw8bit or adamw"),
         ("batch: {kind: huge}", "report or throughput"),
         ("data: {clips: none}", "data.clips: 'none'; write heard, left_out or told"),
+        ("data: {damaged: ignore}", "data.damaged: 'ignore'; write refuse or keep"),
+        ("data: {on_change: go_on}", "data.on_change: 'go_on'; write refuse or restart_plan"),
     ],
 )
 def test_a_mistake_in_any_layer_is_named(tmp_path, wrong, says):
@@ -193,6 +195,7 @@ def test_written_config_reads_back_to_the_same_values(path):
 def test_keys_are_documented_and_the_right_ones_are_free():
     free = {name for name, item in schema().items() if item.metadata["free"]}
     looks = {"data.val_clips", "data.also", "data.answers"}
+    looks |= {"data.index", "data.decode_share", "data.damaged", "data.on_change"}  # where, and what is put up with
     assert free == {n for n in schema() if n.startswith(("hardware.", "log."))} | looks
     table = dict(line.split(maxsplit=1) for line in keys_table().splitlines()[:-1])
     assert table.keys() == schema().keys() == flat(asdict(load(STAGE2, "mini", [], CONFIGS).stage)).keys()
@@ -207,6 +210,7 @@ def test_keys_are_documented_and_the_right_ones_are_free():
 def test_settings_that_change_results_change_the_hash():
     """The hash of a run covers what results depend on, and nothing else."""
     base = fingerprint(load(STAGE2, "mini", [], CONFIGS).stage)
+    assert fingerprint(load(STAGE2, "mini", ["data.index=/elsewhere"], CONFIGS).stage) == base
     for setting in ("hardware.workers=3", "log.every=7", "data.val_clips=3", "data.also=[sft]", "data.answers=3"):
         assert fingerprint(load(STAGE2, "mini", [setting], CONFIGS).stage) == base
     for setting in (

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,23 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from midasheng.data.room import read_data
 from midasheng.model.weights import sha256_file
 from midasheng.train.fit import run_stage as main
 from midasheng.train.meter import read_metrics
 from stages import stage1_align, stage2_pretrain, stage3_sft, text_decoder
-from tests.conftest import CONFIGS, Tiny, flac, record, run_stage, tone, write_shard
+from tests.conftest import (
+    CONFIGS,
+    Tiny,
+    flac,
+    order_for,
+    record,
+    run_stage,
+    tone,
+    trained_keys,
+    training_records,
+    write_shard,
+)  # fmt: skip
 
 CONTRACTS = {
     "stage1_align": stage1_align.contract, "stage2_pretrain": stage2_pretrain.contract,
@@ -109,12 +122,54 @@ def test_mix_far_from_100(tiny, tmp_path, capsys):
     refused(capsys, run("stage1_align", tiny, tmp_path / "runs", data__manifests=other / "tiny"), "sum to 90", "100")
 
 
-def test_a_corrupt_shard_is_named(tiny, tmp_path, capsys):
-    shards = tmp_path / "shards"
-    shutil.copytree(tiny.shards, shards)
-    whole = (shards / "tiny-000001.tar").read_bytes()
-    (shards / "tiny-000001.tar").write_bytes(whole[: len(whole) // 2])
-    refused(capsys, run("stage1_align", tiny, tmp_path / "runs", data__root=shards), "tiny-000001.tar")
+def damaged_shards(tiny: Tiny, folder: Path) -> tuple[Path, dict[str, list[str]], set[str]]:
+    """A copy of the shards of which one is cut off and another has a header overwritten; the words of each damage, and
+    the keys that are lost."""
+    shards = folder / "shards"
+    shutil.copytree(tiny.shards, shards, ignore=shutil.ignore_patterns(".index"))
+    first, second = shards / "tiny-000000.tar", shards / "tiny-000001.tar"
+    with tarfile.open(first) as tar:
+        hit = tar.getmembers()[4]  # the audio of the third record
+    data = bytearray(first.read_bytes())
+    data[hit.offset : hit.offset + 512] = b"x" * 512
+    first.write_bytes(data)
+    with tarfile.open(second) as tar:
+        members = tar.getmembers()
+    cut = members[20].offset_data + 100
+    second.write_bytes(second.read_bytes()[:cut])
+    lost = {m.name.split(".")[0] for m in members[20:]} | {hit.name.split(".")[0]}
+    next_header = hit.offset_data + -(-hit.size // 512) * 512
+    words = {
+        first.name: ["damaged at byte", str(hit.offset), str(next_header)],
+        second.name: ["cut off inside", members[20].name, f"at byte {cut}"],
+    }
+    return shards, words, lost
+
+
+def test_a_damaged_shard_is_refused_by_name_and_place(tiny, tmp_path, capsys):
+    """Others train on the part before the damage and call it the corpus."""
+    shards, words, _ = damaged_shards(tiny, tmp_path)
+    first, second = words
+    status = run("stage1_align", tiny, tmp_path / "runs", data__root=shards)
+    refused(capsys, status, str(shards / first), *words[first], "and 1 more", "data.damaged=keep")
+    assert not (tmp_path / "runs").exists()
+    shutil.copy(tiny.shards / first, shards / first)
+    status = run("stage1_align", tiny, tmp_path / "runs", data__root=shards)
+    refused(capsys, status, str(shards / second), *words[second], "data.damaged=keep")
+
+
+def test_of_a_damaged_shard_the_rest_is_kept_when_asked_for(tiny, tmp_path):
+    shards, _, lost = damaged_shards(tiny, tmp_path)
+    more = {"data__root": shards, "data__damaged": "keep", "run__length": "10 steps"}
+    assert run("stage1_align", tiny, tmp_path / "runs", **more) == 0
+    order = order_for("stage1_align", tiny, tmp_path / "runs", **more)
+    trained = {key.split("/")[1] for keys in trained_keys(order.folder, order).values() for key in keys}
+    assert not trained & lost
+    whole = {f"tone{n}" for n in range(42)} - lost
+    with_held_out = trained | {r.key for r in read_data(order.stage, make=False).corpora[0].held_out}
+    assert with_held_out == whole  # behind the damage too
+    lines = [json.loads(line) for line in (order.folder / "skipped.jsonl").read_text().splitlines()]
+    assert [(line["key"], line["reason"]) for line in lines] == [("tone2", "no audio")]
 
 
 def test_undecodable_and_empty_clips_are_skipped_and_counted(tiny, tmp_path, capsys):
@@ -129,9 +184,10 @@ def test_undecodable_and_empty_clips_are_skipped_and_counted(tiny, tmp_path, cap
     skipped = [json.loads(line) for line in (folder / "skipped.jsonl").read_text().splitlines()]
     reasons = {(s["key"], s["reason"]) for s in skipped}
     assert {("empty", "undecodable"), ("noise", "undecodable"), ("broken", "undecodable")} <= reasons
-    trained = (folder / "ledger/rank0.jsonl").read_text()
+    order = order_for("stage1_align", tiny, tmp_path / "runs", data__root=shards, run__length="12 steps")
+    trained = {key for keys in trained_keys(folder, order).values() for key in keys}
     assert "tiny_caption/good" in trained
-    assert not any(f"tiny_caption/{k}" in trained for k in ("empty", "noise", "broken"))
+    assert not trained & {f"tiny_caption/{k}" for k in ("empty", "noise", "broken")}
     assert "undecodable" in capsys.readouterr().out  # the count stands in the summary
 
 
@@ -275,15 +331,12 @@ def test_the_run_folder(tiny, stage1):
 
 def test_metrics_count_only_what_is_real(tiny, stage1):
     """Slots, frames, seconds and targets against the records that the ledger names."""
-    from midasheng.train.fit import read_data
-    from tests.conftest import order_for
-
-    data = read_data(order_for("stage1_align", tiny, stage1).stage)
-    records = {r.key: r for r in data.corpora[0].train}
-    folder = stage1 / "mini/stage1_align"
-    rows = [r for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
-    for line, row in zip((folder / "ledger/rank0.jsonl").read_text().splitlines(), rows, strict=True):
-        trained = [records[k.split("/")[1]] for k in json.loads(line)["keys"]]
+    order = order_for("stage1_align", tiny, stage1)
+    data = read_data(order.stage, make=False)
+    records = {r.key: r for r in training_records(data.corpora[0])}
+    rows = [r for r in read_metrics(order.folder / "metrics.jsonl") if "loss" in r]
+    for keys, row in zip(trained_keys(order.folder, order).values(), rows, strict=True):
+        trained = [records[k.split("/")[1]] for k in keys]
         assert row["audio_s"] == pytest.approx(sum(r.n_samples for r in trained) / 16_000, abs=1e-2)
         assert row["frames"] == sum(r.frames for r in trained)
         assert row["slots"] <= data.budget.pack_slots * data.budget.packs_per_step

@@ -7,6 +7,7 @@ import io
 import numpy as np
 import soundfile
 import soxr
+from numpy.typing import NDArray
 
 from midasheng import frames
 
@@ -19,7 +20,7 @@ class Skip(Exception):
         self.reason = reason
 
 
-UNKNOWN = 2**62  # libsndfile gives 2**63 - 1 frames when the header does not say
+UNKNOWN = 2**31  # samples, 37 hours: libsndfile gives 2**63 - 1 frames when the header does not say
 SLACK = frames.SAMPLE_RATE // 50  # 20 ms: how far decoded audio may be from its planned length
 
 
@@ -30,33 +31,39 @@ def planned_samples(data: bytes) -> int:
         info = soundfile.info(io.BytesIO(data))
     except (soundfile.LibsndfileError, RuntimeError):
         raise Skip("undecodable") from None
-    if info.frames >= UNKNOWN:
-        raise Skip("length unknown")
     n_samples: int = round(info.frames * frames.SAMPLE_RATE / info.samplerate)
+    if n_samples >= UNKNOWN:
+        raise Skip("length unknown")
     if n_samples < frames.MIN_SAMPLES:
         raise Skip("too short")
     return n_samples
 
 
-def decode(data: bytes, n_samples: int) -> np.ndarray:
+def decode(data: bytes, n_samples: int, into: NDArray[np.float32] | None = None) -> NDArray[np.float32]:
     """Decode wav, flac, mp3, ogg or opus to float32 (n_samples,), channels averaged, resampled by soxr HQ.
 
-    Audio within 20 ms of the planned length is trimmed or padded with zeros. Raises Skip("undecodable"),
-    Skip("length differs") or Skip("not finite").
+    Audio within 20 ms of the planned length is trimmed or padded with zeros. `into`: float32 (n_samples,) to write to
+    and return, e.g. its place in a pack. Raises Skip("undecodable"), Skip("length differs") or Skip("not finite").
     """
+    out = np.empty(n_samples, dtype=np.float32) if into is None else into
     try:
         with soundfile.SoundFile(io.BytesIO(data)) as file:
             rate = file.samplerate
             if abs(file.frames * frames.SAMPLE_RATE / rate - n_samples) > SLACK:
                 raise Skip("length differs")  # before reading: a damaged header may announce terabytes
-            audio = file.read(dtype="float32", always_2d=True)
+            in_place = (file.channels, rate, file.frames) == (1, frames.SAMPLE_RATE, n_samples)  # nearly always
+            audio = file.read(out=out) if in_place else file.read(dtype="float32")
     except (soundfile.LibsndfileError, RuntimeError):
         raise Skip("undecodable") from None
-    mono = audio.mean(axis=1)
+    mono = audio if audio.ndim == 1 else audio.mean(axis=1)
     if rate != frames.SAMPLE_RATE:
         mono = soxr.resample(mono, rate, frames.SAMPLE_RATE, quality="HQ")
     if abs(len(mono) - n_samples) > SLACK:
         raise Skip("length differs")
-    if not np.isfinite(mono).all():
+    if not np.isfinite(mono.sum()):  # infinities and NaN survive a sum
         raise Skip("not finite")
-    return np.pad(mono[:n_samples], (0, max(0, n_samples - len(mono)))).astype(np.float32)
+    filled = min(len(mono), n_samples)
+    if not in_place:
+        out[:filled] = mono[:filled]
+    out[filled:] = 0.0
+    return out

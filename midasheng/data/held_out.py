@@ -8,17 +8,19 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from midasheng import frames
-from midasheng.data.audio import Skip
+from midasheng.data.audio import Skip, decode
 from midasheng.data.chat import Chat
 from midasheng.data.index import CorpusIndex, Record
-from midasheng.data.loader import load_sample
+from midasheng.data.loader import conversation
 from midasheng.data.plan import Budget
+from midasheng.data.storage import StorageError, Unreachable
 from midasheng.sample import Pack, Sample, pack, unit_hash
 
 OWN, OTHER, ALIKE, NONE = KINDS = ("own", "other", "alike", "none")
+MOST_READ = 4_096  # training records that are read to see which questions are closed
 MOST_ANSWERS = 12  # a question with more different answers than this in training is not a closed one
 
 
@@ -124,7 +126,7 @@ class HeldOutSet:
         for row in rows[rank::world]:
             loaded = {}
             for number in row:
-                with contextlib.suppress(Skip):
+                with contextlib.suppress(Skip, StorageError, Unreachable):
                     loaded[number] = self.sample(all_asked[number], kind, answered=answered)
             samples = list(loaded.values())
             if samples:
@@ -136,8 +138,15 @@ class HeldOutSet:
 
     def sample(self, asked: Asked, kind: str, *, answered: bool = True) -> Sample:
         """One sample with the `kind` of clip; `answered` False ends it where the answer begins. Raises Skip."""
-        card, clip_of = self.corpora[asked.corpus].card, self._clip_of(asked, kind)
-        return load_sample(card, asked.record, asked.variant, self.chat, clip_of, heard=kind != NONE, answered=answered)
+        record, clip_of = asked.record, self._clip_of(asked, kind)
+        turns = record.variants[asked.variant].turns
+        clips = []
+        if kind == NONE:
+            turns = tuple(replace(turn, clips=0) for turn in turns)
+        elif clip_of is not None and clip_of.audio:
+            clips = [decode(clip_of.audio.read(), clip_of.n_samples)]
+        card = self.corpora[asked.corpus].card
+        return conversation(card, record.key, turns, clips, self.chat, answered=answered)
 
     @property
     def hears(self) -> bool:
@@ -149,7 +158,7 @@ class HeldOutSet:
         found = []
         for number, corpus in enumerate(self.corpora):
             trained: dict[str, Counter[str]] = {}
-            for record in corpus.train or corpus.held_out:  # a mix that is only asked about has nothing else
+            for record in self._training_records(corpus):
                 for variant in record.variants:
                     turns = variant.turns
                     trained.setdefault(turns[0].text, Counter())[turns[-1].text] += 1
@@ -171,6 +180,14 @@ class HeldOutSet:
                         group.append(Closed(Asked(number, record, v, None, None), answers))
             found += [closed for group in groups.values() for closed in group]
         return found
+
+    def _training_records(self, corpus: CorpusIndex) -> Iterator[Record]:
+        """At most MOST_READ of them, evenly spread; the held-out ones of a mix that is only asked about."""
+        if not len(corpus):
+            yield from corpus.held_out
+        for number in range(0, len(corpus), max(1, -(-len(corpus) // MOST_READ))):
+            with contextlib.suppress(Skip, StorageError, Unreachable):
+                yield corpus.read(number)[0]
 
     def open(self, most: int) -> list[Asked]:
         """The first few asked samples of each corpus in turn, at most `most` in all."""

@@ -1,86 +1,48 @@
-"""One pass over a corpus' shards: where each record lies, how long its audio is, how many tokens each variant has."""
+"""A corpus' shards as one index: which records are trained on, which are held out, where each lies and what it costs.
+
+A shard's side file holds this as columns, mapped into memory when asked for. A corpus' table adds them up; it is small,
+so that a mix of any size opens at once.
+"""
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
-import tarfile
+import multiprocessing
+import os
 from collections import Counter
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from webdataset.tariterators import base_plus_ext
+from numpy.typing import NDArray
+from tqdm import tqdm
 
 from midasheng import frames
-from midasheng.config import HEARD, TOLD, UserError
-from midasheng.data.audio import Skip, planned_samples
-from midasheng.data.chat import Chat
-from midasheng.data.manifest import Card, ManifestError
-from midasheng.sample import NO_TARGET, Turn, unit_hash
+from midasheng.config import UserError
+from midasheng.data.audio import Skip
+from midasheng.data.manifest import Card, ManifestError, conversations
+from midasheng.data.shard import Reading, SideFile, index_shard, is_whole, parsed, side_path
+from midasheng.data.storage import Place, ShardFile, is_url, list_shards
+from midasheng.sample import Turn
 
-AUDIO_EXTENSIONS = ("flac", "wav", "mp3", "ogg", "opus")
+OPEN_SIDE_FILES = 512
 
 
 class ShardError(UserError):
     """A shard that is not a whole webdataset tar; the message names it."""
 
 
-class Place(NamedTuple):
-    """Where a member's bytes lie."""
-
-    shard: str
-    offset: int
-    size: int
-
-    def read(self) -> bytes:
-        """The member's bytes."""
-        with open(self.shard, "rb") as file:
-            file.seek(self.offset)
-            return file.read(self.size)
+class IndexMissing(UserError):
+    """Side files that are not there, or are not those of these shards; only the first process makes them."""
 
 
-@dataclass(frozen=True)
-class Shard:
-    """Key -> extension -> place, in the order of the file."""
-
-    path: str
-    records: dict[str, dict[str, Place]]
-
-
-@cache
-def scan(path: str, _changed: tuple[int, int]) -> Shard:
-    """Read a tar's headers. Raises ShardError for what would otherwise make the rest of a shard vanish silently:
-    truncation, a corrupt header in the middle, a record whose members do not lie together."""
-    records: dict[str, dict[str, Place]] = {}
-    previous, size = None, Path(path).stat().st_size
-    try:
-        with tarfile.open(path, "r:") as tar:
-            for member in tar:
-                if member.isdir():
-                    continue
-                if not member.isfile():
-                    raise ShardError(f"{path}: {member.name} is a link or no plain file; write the shard without links")
-                key, extension = base_plus_ext(member.name)  # webdataset's rule: the key ends at the first dot
-                if not key or not extension:
-                    continue
-                if key in records and key != previous:
-                    raise ShardError(f"{path}: the members of record {key} do not lie together")
-                if extension.lower() in records.setdefault(key, {}):
-                    raise ShardError(f"{path}: holds {member.name} twice")
-                records[key][extension.lower()] = Place(path, member.offset_data, member.size)
-                previous = key
-            end = tar.offset
-    except tarfile.TarError as error:
-        raise ShardError(f"{path}: not a readable tar ({error}); copy or write it again") from None
-    with open(path, "rb") as file:
-        file.seek(min(end, size))
-        only_zeros = not any(part.strip(b"\0") for part in iter(lambda: file.read(2**20), b""))
-    if size - end < tarfile.BLOCKSIZE or not only_zeros:
-        raise ShardError(f"{path}: damaged or cut off at byte {end} of {size}; what follows could not be read")
-    return Shard(path, records)
+# -- a record ----------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -112,157 +74,307 @@ class Record:
         return self.variants[variant].slots + (frames.audio_tokens(self.n_samples) if self.audio else 0)
 
 
-@dataclass(frozen=True)
-class CorpusIndex:
-    """The records of a corpus: `train` and, kept apart, `held_out`; and what was left out, with reasons."""
-
-    card: Card
-    train: tuple[Record, ...]
-    held_out: tuple[Record, ...]
-    shard_of: np.ndarray  # shard number of each training record
-    skipped: tuple[tuple[str, str], ...]  # (key, reason)
-
-    def reasons(self) -> dict[str, int]:
-        """Reason -> number of records left out."""
-        return dict(Counter(reason for _, reason in self.skipped))
-
-    def fingerprint(self) -> str:
-        """Hash of everything the order of training depends on."""
-        digest = hashlib.sha256()
-        for record in self.train:
-            counts = [(v.slots, v.targets) for v in record.variants]
-            digest.update(repr((record.key, record.n_samples, counts)).encode())
-        digest.update(np.ascontiguousarray(self.shard_of, dtype=np.int64).tobytes())
-        return digest.hexdigest()[:16]
+# -- making side files -------------------------------------------------------------------------------------------------
 
 
-def conversations(card: Card, content: dict[str, Any], where: str, clips: str = HEARD) -> list[tuple[Turn, ...]]:
-    """Every conversation that a record's JSON can become under its card; `clips` as data.clips. Raises ManifestError,
-    Skip("no text")."""
-
-    def wanted(field: str) -> Any:
-        if field not in content:
-            raise ManifestError(f"{where}: card {card.name} asks for JSON field `{field}`; there are {sorted(content)}")
-        return content[field]
-
-    def filled(template: str) -> str:
-        try:
-            return template.format_map(content)
-        except KeyError as error:
-            raise ManifestError(f"{where}: a prompt of {card.name} asks for JSON field {error}") from None
-        except ValueError as error:
-            raise ManifestError(f"{where}: a prompt of {card.name}: {error}; a brace itself is written twice") from None
-
-    if card.pairs:
-        try:
-            asked = [(str(p["question"]), str(p["answer"])) for p in wanted(card.pairs)]
-        except (KeyError, TypeError):
-            raise ManifestError(f"{where}: `{card.pairs}` is no list of {{question, answer}}") from None
-    else:
-        answers = wanted(card.answer)
-        answers = answers if isinstance(answers, list) else [answers]
-        asked = [(filled(p), str(a)) for p in card.prompts for a in answers if a]
-    if not asked:
-        raise Skip("no text")
-    heard = int(card.audio and clips == HEARD)
-    made: list[tuple[Turn, ...]] = [
-        (Turn("user", question, clips=heard), Turn("assistant", answer)) for question, answer in asked
-    ]
-    if clips == TOLD and card.context:  # twice, so that the plan draws two of three with the words
-        words = filled(card.context)
-        made += 2 * [(Turn("user", question, told=words), Turn("assistant", answer)) for question, answer in asked]
-    return made
+_JOB: list[Reading] = []  # what a worker process inherits: a tokenizer is not worth sending
 
 
-def _held_out_sources(card: Card, sources: list[str]) -> set[str]:
-    """Whole groups of equal source, lowest hash first, up to the card's share and maximum."""
-    if card.held_out is None:
-        return set()
-    chosen: set[str] = set()
-    number = 0
-    for source, count in sorted(Counter(sources).items(), key=lambda item: unit_hash("held_out:" + item[0])):
-        if unit_hash("held_out:" + source) >= card.held_out.share or number + count > card.held_out.max:
-            break
-        chosen.add(source)
-        number += count
-    return chosen
+def _index_one(job: tuple[Path, ShardFile]) -> None:
+    index_shard(job[0], _JOB[-1], job[1])
 
 
-def index_corpus(
-    card: Card, root: Path, chat: Chat, max_audio_s: float, clips: str = HEARD, *, trains: bool = True
-) -> CorpusIndex:
-    """Index one corpus, with its `clips` heard, left out or told. Records that cannot be used are listed in `skipped`.
-
-    Raises ManifestError and ShardError. `trains`: it is an error when no record is left to train on.
-    """
-    found: list[tuple[int, str, Record]] = []
-    skipped: list[tuple[str, str]] = []
-    sources: list[str] = []  # of every record, usable or not: cards of the same shards must keep the same ones apart
-    for number, path in enumerate(card.shard_paths(root)):
-        changed = path.stat()
-        shard = scan(str(path), (changed.st_mtime_ns, changed.st_size))
-        for key, members in shard.records.items():
-            try:
-                where, content = _content(key, members)
-                sources.append(_source(card, key, where, content))
-                record = _record(card, key, members, where, content, chat, max_audio_s, clips)
-                found.append((number, sources[-1], record))
-            except Skip as skip:
-                skipped.append((key, skip.reason))
-    apart = _held_out_sources(card, sources)
-    train = [(number, record) for number, source, record in found if source not in apart]
-    if trains and not train:
-        why = dict(Counter(reason for _, reason in skipped))
-        raise ManifestError(f"corpus {card.name}: no record can be trained on (left out: {why})")
-    return CorpusIndex(
-        card,
-        train=tuple(record for _, record in train),
-        held_out=tuple(record for _, source, record in found if source in apart),
-        shard_of=np.asarray([number for number, _ in train]),
-        skipped=tuple(skipped),
+def make_side_files(folder: Path, reading: Reading, shards: Sequence[ShardFile], workers: int) -> int:
+    """Index the shards that have no side file of their present bytes; returns how many. Stopped, it goes on later."""
+    jobs = [(path, s) for s in shards if not is_whole(path := side_path(folder, reading, s))]
+    bar = tqdm(
+        total=len(jobs), desc=f"index {reading.card.name}", unit="shard", disable=None if len(jobs) > 1 else True
     )
-
-
-def _content(key: str, members: dict[str, Place]) -> tuple[str, dict[str, Any]]:
-    """(name for messages, a record's JSON)."""
-    if "json" not in members:  # records `a.1` and `a.2` are one record `a` to webdataset
-        raise Skip("dotted name" if any("." in extension for extension in members) else "no json")
+    _JOB.append(reading)
     try:
-        content = json.loads(members["json"].read())
-    except ValueError:
-        content = None
-    if not isinstance(content, dict):
-        raise Skip("json unreadable")
-    return f"{members['json'].shard}: {key}.json", content
+        if workers < 2 or len(jobs) < 2:
+            for job in jobs:
+                _index_one(job)
+                bar.update()
+        else:
+            os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # forked below
+            with ProcessPoolExecutor(min(workers, len(jobs)), multiprocessing.get_context("fork")) as pool:
+                for _ in pool.map(_index_one, jobs):
+                    bar.update()
+    finally:
+        _JOB.pop()
+        bar.close()
+    return len(jobs)
 
 
-def _source(card: Card, key: str, where: str, content: dict[str, Any]) -> str:
-    """What the held-out rule groups by."""
-    if not card.held_out:
-        return key
-    if card.held_out.by not in content:
-        raise ManifestError(f"{where}: held_out.by of {card.name} asks for JSON field `{card.held_out.by}`")
-    return str(content[card.held_out.by])
+# -- a corpus ----------------------------------------------------------------------------------------------------------
 
 
-def _record(
-    card: Card, key: str, members: dict[str, Place], where: str, content: dict[str, Any], chat: Chat,
-    max_audio_s: float, clips: str,
-) -> Record:  # fmt: skip
-    audio, n_samples = None, 0
-    if card.audio and clips == HEARD:
-        audio = next((members[e] for e in AUDIO_EXTENSIONS if e in members), None)
-        if audio is None:
-            raise Skip("no audio")
-        n_samples = planned_samples(audio.read())
-        if frames.seconds(n_samples) > max_audio_s:
-            raise Skip("too long")
-    variants = []
-    for turns in conversations(card, content, where, clips):
-        encoded = chat.encode(turns, [0] * sum(t.clips for t in turns))
-        variants.append(Variant(turns, len(encoded.ids), int((encoded.labels != NO_TARGET).sum())))
-    if card.alike and card.alike not in content:
+class Columns(NamedTuple):
+    """What the plan knows of the R training records of one shard; Q variants of all of them."""
+
+    n_samples: NDArray[Any]  # (R,) at 16 kHz
+    until: NDArray[Any]  # (R,) variants of records up to and including this one
+    slots: NDArray[Any]  # (Q,) text slots
+    targets: NDArray[Any]  # (Q,)
+
+
+@dataclass(frozen=True)
+class ShardRow:
+    """One line of a corpus' table: a shard, its training and held-out records, and what they sum to."""
+
+    shard: ShardFile
+    records: int
+    train: int
+    held_out: int
+    skipped: dict[str, int]
+    samples: int  # audio samples of the training records
+    slots: float  # what a visit of each training record costs on average, audio tokens included, and in frames
+    frames: int
+    digest: str
+    damage: list[str]
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the table adds up to."""
+
+    hours: float
+    mean_slots: float
+    mean_frames: float
+    fingerprint: str
+    reasons: dict[str, int]
+    damage: tuple[str, ...]
+
+
+class CorpusIndex:
+    """The records of a corpus: those to train on, by number, and, kept apart, `held_out`.
+
+    Opening reads the table alone; side files are mapped when a record of their shard is asked for.
+    """
+
+    def __init__(
+        self, reading: Reading, folder: Path, rows: Sequence[ShardRow], cut: float, max_samples: int
+    ) -> None:  # fmt: skip
+        self.reading, self.card, self.folder = reading, reading.card, folder
+        self.rows, self.cut, self.max_samples = tuple(rows), cut, max_samples
+        self.counts = np.asarray([r.train for r in rows], dtype=np.int64)  # training records of each shard
+        self.starts = np.concatenate([[0], np.cumsum(self.counts)])
+        self._ends: list[int] = self.starts[1:].tolist()
+        self.side = lru_cache(maxsize=OPEN_SIDE_FILES)(self._open_side)
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def __getstate__(self) -> dict[str, Any]:
+        raise TypeError("an index is inherited by forked workers, never sent")
+
+    @cached_property
+    def summary(self) -> Summary:
+        """Totals of the table."""
+        n = max(1, len(self))
+        digest = hashlib.sha256(repr([(r.digest, r.train) for r in self.rows] + [self.cut, self.max_samples]).encode())
+        reasons: Counter[str] = Counter()
+        for row in self.rows:
+            reasons.update(row.skipped)
+        return Summary(
+            sum(r.samples for r in self.rows) / frames.SAMPLE_RATE / 3600,
+            sum(r.slots for r in self.rows) / n, sum(r.frames for r in self.rows) / n,
+            digest.hexdigest()[:16], dict(reasons),
+            tuple(f"{r.shard.path}: {d}" for r in self.rows for d in r.damage),
+        )  # fmt: skip
+
+    # -- side files
+
+    def _open_side(self, shard: int) -> tuple[SideFile, NDArray[Any], NDArray[Any]]:
+        """(columns, rows that are trained on, rows held out)."""
+        side = SideFile(side_path(self.folder, self.reading, self.rows[shard].shard))
+        usable, apart = _usable(side, self.cut, self.max_samples)
+        return side, np.flatnonzero(usable & ~apart), np.flatnonzero(usable & apart)
+
+    def columns(self, shard: int) -> Columns:
+        """What the plan needs of one shard's training records."""
+        side, train, _ = self.side(shard)
+        until = side["until"]
+        first = np.concatenate([[0], until[:-1]]).astype(np.int64)[train]
+        many = until[train] - first
+        inside = np.repeat(first - np.concatenate([[0], np.cumsum(many)[:-1]]), many) + np.arange(many.sum())
+        return Columns(side["n_samples"][train], np.cumsum(many), side["slots"][inside], side["targets"][inside])
+
+    def _where(self, number: int) -> tuple[int, int]:
+        shard = bisect.bisect_right(self._ends, number)
+        return shard, int(self.side(shard)[1][number - self.starts[shard]])
+
+    def place(self, number: int) -> Place:
+        """Where a training record lies: one range holds its audio and its JSON."""
+        shard, row = self._where(number)
+        return Place(self.rows[shard].shard.path, *self.side(shard)[0]["span"][row].tolist())
+
+    def key(self, number: int) -> str:
+        """Key of a training record."""
+        shard, row = self._where(number)
+        return self.side(shard)[0].key(row)
+
+    def read(self, number: int, data: bytes | None = None) -> tuple[Record, bytes]:
+        """A training record and the bytes of its audio (empty where none is heard), from the bytes of its place.
+
+        Raises Skip("json unreadable"), StorageError, Unreachable.
+        """
+        return self._record(*self._where(number), self.place(number).read() if data is None else data)
+
+    def _record(self, shard: int, row: int, data: bytes) -> tuple[Record, bytes]:
+        side, path = self.side(shard)[0], self.rows[shard].shard.path
+        (text, text_size), (audio, audio_size) = side["json"][row].tolist(), side["audio"][row].tolist()
+        content = parsed(data[text : text + text_size])
+        key, (first, until) = side.key(row), side.variants(row)
+        turns = conversations(self.card, content, f"{path}: {key}.json", self.reading.clips)
+        if len(turns) != until - first:
+            raise Skip("differs from index")
+        counts = zip(turns, side["slots"][first:until].tolist(), side["targets"][first:until].tolist(), strict=True)
+        start = int(side["span"][row, 0])
+        record = Record(
+            key, Place(path, start + audio, audio_size) if audio_size else None, int(side["n_samples"][row]),
+            tuple(Variant(*c) for c in counts), str(content.get(self.card.alike, "")),
+        )  # fmt: skip
+        return record, data[audio : audio + audio_size]
+
+    def find(self, key: str) -> list[int]:
+        """Numbers of the training records with this key."""
+        found = []
+        for shard in range(len(self.rows)):
+            side, train, _ = self.side(shard)
+            if key.encode() in side["keys"].tobytes():
+                found += [int(self.starts[shard]) + i for i, row in enumerate(train.tolist()) if side.key(row) == key]
+        return found
+
+    def numbers_at(self, places: Mapping[str, set[int]]) -> NDArray[np.int64]:
+        """Numbers of the training records that lie at these places (shard -> offsets)."""
+        found = [np.zeros(0, dtype=np.int64)]
+        for shard, row in enumerate(self.rows):
+            if offsets := places.get(row.shard.path):
+                side, train, _ = self.side(shard)
+                found.append(self.starts[shard] + np.flatnonzero(np.isin(side["span"][train, 0], list(offsets))))
+        return np.concatenate(found)
+
+    # -- apart
+
+    @cached_property
+    def held_out(self) -> tuple[Record, ...]:
+        """The records that are never trained on, in the order of the shards."""
+        found = []
+        for shard, line in enumerate(self.rows):
+            if line.held_out:
+                side, _, apart = self.side(shard)
+                for row in apart.tolist():
+                    place = Place(line.shard.path, *map(int, side["span"][row]))
+                    found.append(self._record(shard, row, place.read())[0])
+        return tuple(found)
+
+    def held_out_places(self) -> set[tuple[str, int]]:
+        """(shard, offset) of every held-out record."""
+        return {
+            (line.shard.path, int(side["span"][row][0]))
+            for shard, line in enumerate(self.rows) if line.held_out
+            for side, _, apart in [self.side(shard)] for row in apart.tolist()
+        }  # fmt: skip
+
+    def skipped(self) -> Iterator[tuple[str, str]]:
+        """(key, reason) of every record that the index left out."""
+        for shard, line in enumerate(self.rows):
+            if line.skipped:
+                side = self.side(shard)[0]
+                for row, reason in enumerate(_reasons(side, self.max_samples)):
+                    if reason:
+                        yield side.key(row), reason
+
+
+def _usable(side: SideFile, cut: float, max_samples: int) -> tuple[NDArray[Any], NDArray[Any]]:
+    """(can be used, is held out) of every record."""
+    return (side["reason"] == 0) & (side["n_samples"] <= max_samples), side["source"] < cut
+
+
+def _reasons(side: SideFile, max_samples: int) -> list[str]:
+    """Why each record is left out; empty where it is not."""
+    names = ["", *side.about["reasons"]]
+    found = [names[code] for code in side["reason"].tolist()]
+    for row in np.flatnonzero((side["reason"] == 0) & (side["n_samples"] > max_samples)).tolist():
+        found[row] = "too long"
+    return found
+
+
+def _cut(card: Card, sides: Iterator[SideFile]) -> float:
+    """Records whose source hashes below this are held out: whole groups of equal source, lowest hash first, up to the
+    card's share and maximum. Unusable records count too: cards of the same shards must keep the same ones apart."""
+    if card.held_out is None:
+        return 0.0
+    low = [s[s < card.held_out.share] for s in (side["source"] for side in sides)]
+    hashes, counts = np.unique(np.concatenate([*low, np.zeros(0)]), return_counts=True)
+    over = np.flatnonzero(np.cumsum(counts) > card.held_out.max)
+    return float(hashes[over[0]]) if len(over) else card.held_out.share
+
+
+def _table_row(side: SideFile, shard: ShardFile, cut: float, max_samples: int, together: bool) -> ShardRow:
+    usable, apart = _usable(side, cut, max_samples)
+    train = np.flatnonzero(usable & ~apart)
+    n_samples, until = side["n_samples"], side["until"].astype(np.int64)
+    many = np.diff(until, prepend=0)
+    until_slots = np.concatenate([[0], np.cumsum(side["slots"], dtype=np.int64)])
+    text = (until_slots[until] - until_slots[until - many]) / np.maximum(many, 1)
+    heard = side["audio"][:, 1] > 0
+    tokens, n_frames = heard * frames.audio_tokens(n_samples), heard * frames.frames(n_samples)
+    visit = many if together else 1
+    digest = hashlib.sha256()
+    for name in ("n_samples", "source", "reason", "until", "slots", "targets", "keys"):
+        digest.update(side[name].tobytes())
+    skipped = Counter(r for r in _reasons(side, max_samples) if r)
+    return ShardRow(
+        shard, records=len(n_samples), train=len(train), held_out=int((usable & apart).sum()), skipped=dict(skipped),
+        samples=int(n_samples[train].sum()), slots=float(((text + tokens) * visit)[train].sum()),
+        frames=int((n_frames * visit)[train].sum()), digest=digest.hexdigest()[:16], damage=side.about["damage"],
+    )  # fmt: skip
+
+
+def open_corpus(
+    reading: Reading, root: str, folder: Path, max_audio_s: float, *, make: bool, workers: int = 1
+) -> CorpusIndex:
+    """The index of one corpus below `root`, with its side files in `folder`. `make`: index what is not yet indexed.
+
+    Raises ManifestError, StorageError, and IndexMissing where `make` is False and side files are missing or stale.
+    """
+    card = reading.card
+    shards = list_shards(root, card.shards)
+    if not shards:
         raise ManifestError(
-            f"{where}: card {card.name} asks for JSON field `{card.alike}`; there are {sorted(content)}"
+            f"corpus {card.name}: no shard matches {root}/{card.shards}; run `make data`, or set data.root"
         )
-    return Record(key, audio, n_samples, tuple(variants), str(content[card.alike]) if card.alike else "")
+    max_samples = round(max_audio_s * frames.SAMPLE_RATE)
+    rule = (reading.fingerprint, asdict(card.held_out) if card.held_out else None, max_samples, card.answers)
+    key = hashlib.sha256(repr((rule, shards)).encode()).hexdigest()[:12]
+    path = folder / card.name / f"table.{key}.json"
+    sides = [side_path(folder, reading, s) for s in shards]
+    missing = [s for s, side in zip(shards, sides, strict=True) if not side.is_file()]
+    if missing and not make:
+        raise IndexMissing(
+            f"corpus {card.name}: {len(missing)} of {len(shards)} shards have no index of their present bytes, "
+            f"{missing[0].path} first; run `make index`"
+        )
+    if missing or not path.is_file():
+        make_side_files(folder, reading, shards, workers)
+        cut = _cut(card, (SideFile(s) for s in sides))
+        together = card.answers == "all"
+        rows = [
+            _table_row(SideFile(s), shard, cut, max_samples, together) for s, shard in zip(sides, shards, strict=True)
+        ]
+        part = path.with_suffix(f".{os.getpid()}.part")
+        part.write_text(json.dumps({"cut": cut, "rows": [asdict(r) for r in rows]}), encoding="utf-8")
+        os.replace(part, path)
+    table = json.loads(path.read_text(encoding="utf-8"))
+    rows = [ShardRow(ShardFile(**r.pop("shard")), **r) for r in table["rows"]]
+    return CorpusIndex(reading, folder, rows, table["cut"], max_samples)
+
+
+def index_folder(configured: str, root: str) -> Path:
+    """Where side files lie: data.index, or `.index` below a local root. Raises UserError."""
+    if not configured and is_url(root):
+        raise UserError(f"data.index: name a local folder for the index of {root}")
+    return Path(configured or f"{root}/.index")

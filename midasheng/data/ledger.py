@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import os
+import struct
+import zlib
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
 
 from midasheng.config import UserError
 
@@ -16,82 +23,216 @@ SHARE, AT_LEAST = 0.01, 20  # bad share of a corpus' records, once so many are b
 # data errors
 BAD = {
     "undecodable", "length unknown", "length differs", "not finite", "no json", "dotted name", "json unreadable",
-    "no audio",
+    "no audio", "a link", "members apart", "member twice", "shard gone", "unreachable", "differs from index",
 }  # fmt: skip
+FRAME = struct.Struct("<4sIQQI")  # magic, CRC32 of what follows, first step, last step, bytes of the payload
+MAGIC = b"MDL1"
 
 
 @dataclass(frozen=True)
 class Skipped:
-    """One record that was not trained on."""
+    """One record that was not trained on. `place`: (epoch, position) where the plan passed it over."""
 
     corpus: str
     key: str
     reason: str
+    place: tuple[int, int] | None = None
 
 
 class RottenCorpus(UserError):
     """Too many bad records in one corpus."""
 
 
+# -- the file ----------------------------------------------------------------------------------------------------------
+
+
+class Steps(NamedTuple):
+    """What one rank trained on in several steps: S steps, N samples."""
+
+    step: NDArray[np.int64]  # (S,)
+    samples: NDArray[np.int64]  # (S,) samples of each
+    checksum: NDArray[np.int64]  # (S,) CRC32 of the keys that were read
+    rows: NDArray[np.int64]  # (N, 4): corpus, epoch, position, trained (0: a hole)
+
+
+def _thin(numbers: NDArray[np.int64]) -> bytes:
+    """Little-endian bytes, lowest ones of all numbers first: small numbers then compress to about a byte."""
+    return numbers.astype("<i8").view(np.uint8).reshape(-1, 8).T.tobytes()
+
+
+def _thick(data: bytes) -> NDArray[np.int64]:
+    turned = np.frombuffer(data, dtype=np.uint8).reshape(8, -1).T
+    return np.ascontiguousarray(turned).view("<i8").reshape(-1).astype(np.int64)
+
+
+def _steps_within(corpus: NDArray[np.int64], numbers: NDArray[np.int64], *, back: bool) -> NDArray[np.int64]:
+    """Differences to the number before of the same corpus; `back`: from differences to the numbers again."""
+    found = numbers.copy()
+    for c in np.unique(corpus):
+        mine = corpus == c
+        found[mine] = np.cumsum(numbers[mine]) if back else np.diff(numbers[mine], prepend=0)
+    return found
+
+
+def encode(steps: Steps) -> bytes:
+    """One frame of the ledger, about a byte a sample: places are differences to the corpus' place before."""
+    corpus, epoch, position, trained = steps.rows.T
+    parts = [_thin(n) for n in (steps.step, steps.samples, steps.checksum, corpus, trained)]
+    parts += [_thin(_steps_within(corpus, n, back=False)) for n in (epoch, position)]
+    payload = zlib.compress(struct.pack("<II", len(steps.step), len(corpus)) + b"".join(parts), 9)
+    head = (int(steps.step[0]), int(steps.step[-1]), len(payload))
+    return FRAME.pack(MAGIC, _crc(*head, payload), *head) + payload
+
+
+def _crc(first: int, last: int, size: int, payload: bytes) -> int:
+    return zlib.crc32(payload, zlib.crc32(struct.pack("<QQI", first, last, size)))
+
+
+def _decoded(payload: bytes) -> Steps:
+    data = zlib.decompress(payload)
+    n_steps, n = struct.unpack_from("<II", data)
+    ends = np.cumsum([8, *[8 * n_steps] * 3, *[8 * n] * 4])
+    parts = [_thick(data[a:b]) for a, b in itertools.pairwise(ends)]
+    step, samples, checksum, corpus, trained = parts[:5]
+    epoch, position = (_steps_within(corpus, d, back=True) for d in parts[5:])
+    return Steps(step, samples, checksum, np.stack([corpus, epoch, position, trained], axis=1))
+
+
+def frames_of(path: Path) -> Iterator[tuple[int, int, int, bytes]]:
+    """(byte where it ends, first step, last step, payload) of each whole frame; a torn last one is left out."""
+    with path.open("rb") as file:
+        while len(head := file.read(FRAME.size)) == FRAME.size:
+            magic, crc, first, last, size = FRAME.unpack(head)
+            payload = file.read(size)
+            if magic != MAGIC or len(payload) < size or _crc(first, last, size, payload) != crc:
+                return
+            yield file.tell(), first, last, payload
+
+
+def read_ledger(folder: Path) -> Iterator[Steps]:
+    """Everything that all ranks of a run trained on."""
+    for path in sorted(folder.glob("ledger/rank*.bin")):
+        for *_, payload in frames_of(path):
+            yield _decoded(payload)
+
+
+def _cut_after(path: Path, from_step: int) -> None:
+    """Drop the steps from `from_step` on: they are about to be trained again."""
+    end, kept = 0, None
+    for until, first, last, payload in frames_of(path):
+        if last >= from_step:
+            if first < from_step:
+                kept = _before(_decoded(payload), from_step)
+            break
+        end = until
+    with path.open("r+b") as file:
+        file.truncate(end)
+        if kept is not None:
+            file.seek(end)
+            file.write(encode(kept))
+
+
+def _before(steps: Steps, from_step: int) -> Steps:
+    few = int((steps.step < from_step).sum())
+    rows = steps.rows[: int(steps.samples[:few].sum())]
+    return Steps(steps.step[:few], steps.samples[:few], steps.checksum[:few], rows)
+
+
 def trim(folder: Path, from_step: int) -> None:
-    """Before a resume at `from_step`: drop later lines of every rank, also of ranks that the new world lacks."""
+    """Before a resume at `from_step`: drop later steps of every rank, also of ranks that the new world lacks."""
+    for path in folder.glob("ledger/rank*.bin"):
+        _cut_after(path, from_step)
     for path in (*folder.glob("ledger/*.jsonl"), folder / "skipped.jsonl"):
         drop_after(path, from_step)
 
 
-class Ledger:
-    """Writes `ledger/rank*.jsonl` (step, keys) and `skipped.jsonl` into a run folder, and applies the stop rules.
+# -- writing it --------------------------------------------------------------------------------------------------------
 
-    A rank sees its own packs; index-time skips are given to rank 0. On a resume, lines of steps that will be trained
-    again are dropped first, and the others counted again.
+
+class Ledger:
+    """Writes `ledger/rank*.bin` (what each step trained on) and `skipped.jsonl` into a run folder, and applies the stop
+    rules. A rank sees its own packs; what the index left out is given to rank 0.
+
+    Steps are written at `flush`, which belongs before every checkpoint: a run goes on from a checkpoint, and what came
+    after it is trimmed first.
     """
 
-    def __init__(self, folder: Path, rank: int, from_step: int) -> None:
+    def __init__(self, folder: Path, rank: int, corpora: Sequence[str]) -> None:
         (folder / "ledger").mkdir(parents=True, exist_ok=True)
-        self.trained = folder / "ledger" / f"rank{rank}.jsonl"
+        self.corpora = tuple(corpora)
+        self.path = folder / "ledger" / f"rank{rank}.bin"
         self.skipped = folder / ("skipped.jsonl" if rank == 0 else f"ledger/skipped-rank{rank}.jsonl")
+        self.waiting: list[tuple[int, int, NDArray[np.int64]]] = []
         self.seen: Counter[str] = Counter()
         self.bad: Counter[str] = Counter()
         self.row: defaultdict[str, int] = defaultdict(int)
         self.reasons: Counter[tuple[str, str]] = Counter()
-        for line in drop_after(self.trained, from_step):
-            self.seen.update(key.split("/")[0] for key in line["keys"])
-        for line in drop_after(self.skipped, from_step):
+        if self.path.is_file():  # a resume; already trimmed
+            for *_, payload in frames_of(self.path):
+                self._see(_decoded(payload).rows)
+        for line in _lines(self.skipped):
             if line["step"] >= 0:
                 self._count(Skipped(line["corpus"], line["key"], line["reason"]))
 
-    def indexed(self, corpus: str, records: int, skipped: Iterable[Skipped], *, write: bool) -> None:
-        """What the index left out before step 0 (`write`: on a fresh run only). Raises RottenCorpus."""
+    def indexed(self, corpus: str, records: int, reasons: dict[str, int], skipped: Iterable[Skipped]) -> None:
+        """What the index left out before step 0: its counts, and (on a fresh run) the records. Raises RottenCorpus."""
         self.seen[corpus] += records
-        self._note(-1, list(skipped), {corpus}, write=write)  # not in a row: the good ones between are not listed
+        self._write(-1, list(skipped))
+        for reason, count in reasons.items():
+            self._count(Skipped(corpus, "", reason), count)
+        self.row[corpus] = 0  # the good ones between are not listed
+        if any(reason in BAD for reason in reasons):
+            self._stop_rules(Skipped(corpus, "the index", ", ".join(r for r in reasons if r in BAD)))
 
-    def step(self, number: int, trained: Iterable[tuple[str, str]], skipped: Iterable[Skipped]) -> None:
-        """One step of this rank: (corpus, key) of each sample trained on, and the holes. Raises RottenCorpus."""
-        good = list(trained)
-        with self.trained.open("a", encoding="utf-8") as file:
-            file.write(json.dumps({"step": number, "keys": [f"{c}/{k}" for c, k in good]}, ensure_ascii=False) + "\n")
-        self.seen.update(corpus for corpus, _ in good)
-        self._note(number, list(skipped), {corpus for corpus, _ in good}, write=True)
+    def step(self, number: int, trained: NDArray[np.int64], checksum: int, skipped: Iterable[Skipped]) -> None:
+        """One step of this rank: rows as in StepBatch, and the holes. Raises RottenCorpus."""
+        self.waiting.append((number, checksum, trained))
+        self._see(trained)
+        holes = list(skipped)
+        self._write(number, holes)
+        for s in holes:
+            self._count(s)
+        for corpus in np.unique(trained[trained[:, 3] > 0, 0]).tolist():
+            self.row[self.corpora[corpus]] = 0
+        for last in {s.corpus: s for s in holes if s.reason in BAD}.values():
+            self._stop_rules(last)
 
-    def _note(self, number: int, skipped: list[Skipped], good: set[str], *, write: bool) -> None:
-        if write and skipped:
+    def flush(self, plan: dict[str, Any]) -> None:
+        """Write the steps since the last flush, to the disk itself, and (rank 0) the planner's state behind them."""
+        if not self.waiting:
+            return
+        numbers, checksums, rows = zip(*self.waiting, strict=True)
+        steps = Steps(
+            np.asarray(numbers), np.asarray([len(r) for r in rows]), np.asarray(checksums), np.concatenate(rows)
+        )
+        with self.path.open("ab") as file:
+            file.write(encode(steps))
+            file.flush()
+            os.fsync(file.fileno())
+        if self.path.stem == "rank0":
+            with (self.path.parent / "states.jsonl").open("a", encoding="utf-8") as states:
+                states.write(json.dumps({"step": plan["step"] - 1, "plan": plan}) + "\n")
+        self.waiting = []
+
+    def _see(self, rows: NDArray[np.int64]) -> None:
+        for corpus, count in enumerate(np.bincount(rows[rows[:, 3] > 0, 0]).tolist()):
+            if count:
+                self.seen[self.corpora[corpus]] += count
+
+    def _write(self, number: int, skipped: list[Skipped]) -> None:
+        if skipped:
             with self.skipped.open("a", encoding="utf-8") as file:
                 for s in skipped:
                     line = {"step": number, "corpus": s.corpus, "key": s.key, "reason": s.reason}
+                    line |= {"place": s.place} if s.place else {}
                     file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        for s in skipped:
-            self._count(s)
-        for corpus in good:
-            self.row[corpus] = 0
-        for last in {s.corpus: s for s in skipped if s.reason in BAD}.values():
-            self._stop_rules(last)
 
-    def _count(self, skipped: Skipped) -> None:
-        self.reasons[skipped.corpus, skipped.reason] += 1
-        self.seen[skipped.corpus] += 1
+    def _count(self, skipped: Skipped, times: int = 1) -> None:
+        self.reasons[skipped.corpus, skipped.reason] += times
+        self.seen[skipped.corpus] += times
         if skipped.reason in BAD:
-            self.bad[skipped.corpus] += 1
-            self.row[skipped.corpus] += 1
+            self.bad[skipped.corpus] += times
+            self.row[skipped.corpus] += times
 
     def _stop_rules(self, last: Skipped) -> None:
         corpus = last.corpus
@@ -112,15 +253,20 @@ class Ledger:
         return "; ".join(parts) or "none"
 
 
-def drop_after(path: Path, from_step: int) -> list[dict[str, Any]]:
-    """Keep the lines of a .jsonl whose "step" is below `from_step`: the others are about to be written again.
-
-    Returns what was kept. A half-written last line is dropped.
-    """
+def _lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     with path.open(encoding="utf-8", errors="replace") as file:  # half a line may end in half a character
-        whole = [(line, json.loads(line)) for line in file if line.endswith("\n")]
-    kept = [(line, content) for line, content in whole if content["step"] < from_step]
-    path.write_text("".join(line for line, _ in kept), encoding="utf-8")
-    return [content for _, content in kept]
+        return [json.loads(line) for line in file if line.endswith("\n")]
+
+
+def drop_after(path: Path, from_step: int) -> None:
+    """Keep the lines of a .jsonl whose "step" is below `from_step`: the others are about to be written again.
+
+    A half-written last line is dropped.
+    """
+    if path.exists():
+        kept = [line for line in _lines(path) if line["step"] < from_step]
+        part = path.with_suffix(".part")
+        part.write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in kept), encoding="utf-8")
+        os.replace(part, path)

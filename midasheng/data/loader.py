@@ -3,23 +3,31 @@
 from __future__ import annotations
 
 import contextlib
+import queue
 import signal
+import threading
+import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from midasheng import frames
 from midasheng.data.audio import Skip, decode
 from midasheng.data.chat import Chat
-from midasheng.data.index import CorpusIndex, Record
+from midasheng.data.index import CorpusIndex
 from midasheng.data.ledger import Skipped
-from midasheng.data.manifest import Card
-from midasheng.data.plan import Budget, Planned, Planner
-from midasheng.sample import Pack, Sample, pack
+from midasheng.data.manifest import Card, ManifestError
+from midasheng.data.plan import ALL, Budget, Planned, Planner
+from midasheng.data.storage import StorageError, Unreachable, read_many
+from midasheng.sample import Pack, Sample, Turn, pack
+
+T = TypeVar("T")
+STEPS_AHEAD = 2  # that a rank plans outside the training thread, beside those that its workers have in hand
 
 
 @dataclass(frozen=True)
@@ -34,39 +42,73 @@ class Share:
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One rank's packs of one step, loaded. `numbers`: which of the step's packs they are."""
+    """One rank's packs of one step, loaded. `numbers`: which of the step's packs they are.
+
+    `trained`: for the ledger, int64 (samples, 4): corpus, epoch, position, and 1 or, for a hole, 0; `checksum`: CRC32
+    of the keys that were really read.
+    """
 
     step: int
     numbers: tuple[int, ...]
     packs: tuple[Pack, ...]
     skipped: tuple[Skipped, ...]
     state_after: dict[str, Any]
+    trained: NDArray[np.int64]
+    checksum: int
 
     def to(self, *args: Any, **kwargs: Any) -> StepBatch:
         """Tensors moved, as `torch.Tensor.to`; Lightning calls this."""
         return replace(self, packs=tuple(p.to(*args, **kwargs) for p in self.packs))
 
 
-def load_sample(
-    card: Card, record: Record, variant: int, chat: Chat, clip_of: Record | None = None, *, heard: bool = True,
+def conversation(
+    card: Card, key: str, turns: Sequence[Turn], clips: Sequence[NDArray[np.float32]], chat: Chat, *,
     answered: bool = True,
 ) -> Sample:  # fmt: skip
-    """Read, decode and tokenise one conversation. Raises Skip.
-
-    For the listening test: `clip_of`, another record whose clip is heard instead; `heard` False leaves the clip out;
-    `answered` False ends where the last answer begins.
-    """
-    turns, heard_record = record.variants[variant].turns, clip_of or record
-    if not heard:
-        turns = tuple(replace(turn, clips=0) for turn in turns)
-    clips = (decode(heard_record.audio.read(), heard_record.n_samples),) if heard and heard_record.audio else ()
+    """Tokenise one conversation with its decoded clips; `answered` False ends it where the last answer begins."""
     tokens = [frames.audio_tokens(len(clip)) for clip in clips]
     encoded = chat.encode(turns if answered else turns[:-1], tokens, answer_follows=not answered)
-    return Sample(card.name, record.key, card.task, encoded.ids, encoded.labels, encoded.is_audio, clips)
+    return Sample(card.name, key, card.task, encoded.ids, encoded.labels, encoded.is_audio, tuple(clips))
+
+
+def ahead(source: Iterator[T], depth: int) -> Iterator[T]:
+    """`source`, drawn ahead in a thread of its own: `depth` items, and one in its hand; its errors are raised here."""
+    items: queue.Queue[tuple[str, Any]] = queue.Queue(depth)
+    over = threading.Event()
+
+    def put(kind: str, item: Any) -> None:
+        while not over.is_set():
+            with contextlib.suppress(queue.Full):
+                items.put((kind, item), timeout=0.2)
+                return
+
+    def draw() -> None:
+        try:
+            for item in source:
+                put("item", item)
+                if over.is_set():
+                    return
+            put("end", None)
+        except BaseException as error:  # raised where the items are asked for
+            put("error", error)
+
+    thread = threading.Thread(target=draw, name="plan", daemon=True)
+    thread.start()
+    try:
+        while True:
+            kind, item = items.get()
+            if kind == "error":
+                raise item
+            if kind == "end":
+                return
+            yield item
+    finally:
+        over.set()
+        thread.join()
 
 
 class _Shares(Sampler[Share]):
-    """The planner as a sampler: draws steps in the training process, hands shares to workers."""
+    """The planner as a sampler: draws steps in a thread of the training process, hands shares to workers."""
 
     def __init__(self, planner: Planner, corpora: Sequence[CorpusIndex], steps: int, rank: int, world: int) -> None:
         self.planner, self.corpora, self.steps, self.rank, self.world = planner, corpora, steps, rank, world
@@ -76,33 +118,80 @@ class _Shares(Sampler[Share]):
         return max(0, self.steps - self.first)
 
     def __iter__(self) -> Iterator[Share]:
+        return ahead(self._drawn(), STEPS_AHEAD)
+
+    def _drawn(self) -> Iterator[Share]:
         for _ in range(len(self)):
             step = next(self.planner)
-            names = [(self.corpora[c].card.name, self.corpora[c].train[r].key, why) for c, r, why in step.skipped]
-            skipped = tuple(Skipped(*n) for n in names) if self.rank == 0 else ()
+            skipped = () if self.rank else tuple(
+                Skipped(c.card.name, c.key(u.record), "fits no pack", (u.epoch, u.position))
+                for u in step.skipped for c in [self.corpora[u.corpus]]
+            )  # fmt: skip
             yield Share(step.number, step.share(self.rank, self.world), skipped, step.state_after)
 
 
 class Loading(Dataset[StepBatch]):
-    """Share -> StepBatch. A record that cannot be decoded leaves a hole in its pack and a line in the ledger."""
+    """Share -> StepBatch. A record that cannot be read or decoded leaves a hole in its pack and a line in the
+    ledger."""
 
     def __init__(self, corpora: Sequence[CorpusIndex], chat: Chat, budget: Budget) -> None:
         self.corpora, self.chat, self.budget = corpora, chat, budget
 
     def __getitem__(self, share: Share) -> StepBatch:  # the sampler yields shares, not numbers
-        skipped = list(share.skipped)
-        packs = []
+        skipped, packs = list(share.skipped), []
+        trained, checksum = [], 0
         for _, planned in share.packs:
-            samples = []
-            for p in planned:
+            samples: list[Sample] = []
+            audio = np.empty(_most_samples(planned), dtype=np.float32)  # clips are decoded to where they stay
+            used = 0
+            data = read_many([self.corpora[p.corpus].place(p.record) for p in planned])
+            for p, read in zip(planned, data, strict=True):
                 corpus = self.corpora[p.corpus]
-                record = corpus.train[p.record]
+                good = 1
                 try:
-                    samples.append(load_sample(corpus.card, record, p.variant, self.chat))
+                    made = self._samples(p, read, audio[used:])
+                    samples += made
+                    used += sum(len(clip) for s in made for clip in s.clips)
+                    checksum = zlib.crc32(f"{corpus.card.name}/{made[0].key}".encode(), checksum)
                 except Skip as skip:
-                    skipped.append(Skipped(corpus.card.name, record.key, skip.reason))
-            packs.append(pack(samples, self.budget.pack_slots, self.chat.pad))
-        return StepBatch(share.step, tuple(n for n, _ in share.packs), tuple(packs), tuple(skipped), share.state_after)
+                    skipped.append(Skipped(corpus.card.name, corpus.key(p.record), skip.reason))
+                    good = 0
+                trained.append((p.corpus, p.epoch, p.position, good))
+            packs.append(pack(samples, self.budget.pack_slots, self.chat.pad, audio[:used]))
+        rows = np.asarray(trained, dtype=np.int64).reshape(-1, 4)
+        numbers = tuple(n for n, _ in share.packs)
+        return StepBatch(share.step, numbers, tuple(packs), tuple(skipped), share.state_after, rows, checksum)
+
+    def _samples(
+        self, p: Planned, read: bytes | StorageError | Unreachable, into: NDArray[np.float32]
+    ) -> list[Sample]:  # fmt: skip
+        """The conversations of one planned sample: one, or all of its record; clips end to end in `into`. Raises
+        Skip."""
+        if not isinstance(read, bytes):
+            raise Skip("shard gone" if isinstance(read, StorageError) else "unreachable")
+        corpus = self.corpora[p.corpus]
+        try:
+            record, data = corpus.read(p.record, read)
+        except ManifestError:  # the index has seen its fields: it is another record now
+            raise Skip("differs from index") from None
+        chosen = record.variants if p.variant == ALL else record.variants[p.variant : p.variant + 1]
+        samples = []
+        for number, variant in enumerate(chosen):
+            clips = [into[number * record.n_samples : (number + 1) * record.n_samples]] if record.audio else []
+            if clips and number:
+                clips[0][:] = into[: record.n_samples]
+            elif clips:
+                decode(data, record.n_samples, clips[0])
+            samples.append(conversation(corpus.card, record.key, variant.turns, clips, self.chat))
+        if sum(len(s.ids) for s in samples) != p.slots:
+            raise Skip("differs from index")  # the shard was written anew under the run
+        return samples
+
+
+def _most_samples(planned: Sequence[Planned]) -> int:
+    """An upper bound on the audio samples of a pack; memory that is not written to costs nothing."""
+    clips = ((p.frames, p.frames // frames.STACK if p.variant == ALL else 1) for p in planned if p.frames)
+    return sum(frames.most_samples(n_frames) + (many - 1) * frames.most_samples(0) for n_frames, many in clips)
 
 
 def _worker_init(_: int) -> None:
@@ -113,26 +202,32 @@ def _worker_init(_: int) -> None:
 
 
 def train_loader(
-    planner: Planner, chat: Chat, budget: Budget, steps: int, *, rank: int, world: int, workers: int
-) -> DataLoader[StepBatch]:
+    planner: Planner, corpora: Sequence[CorpusIndex], chat: Chat, steps: int, *, rank: int, world: int, workers: int,
+    prefetch: int = 2,
+) -> DataLoader[StepBatch]:  # fmt: skip
     """Loader from the planner's present step to `steps` (exclusive); one item is this rank's share of one step."""
     return DataLoader(
-        Loading(planner.corpora, chat, budget), sampler=_Shares(planner, planner.corpora, steps, rank, world),
-        batch_size=None, num_workers=workers, worker_init_fn=_worker_init, prefetch_factor=2 if workers else None,
-        multiprocessing_context="fork" if workers else None,
+        Loading(corpora, chat, planner.budget), sampler=_Shares(planner, corpora, steps, rank, world),
+        batch_size=None, num_workers=workers, worker_init_fn=_worker_init,
+        prefetch_factor=prefetch if workers else None, multiprocessing_context="fork" if workers else None,
     )  # fmt: skip
 
 
-def first_clips(planner: Planner, count: int) -> Iterator[np.ndarray]:
+def steps_ahead(workers: int, prefetch: int) -> int:
+    """How many steps beyond the present one a rank may have planned, at most, with room for one that is slower."""
+    return STEPS_AHEAD + prefetch * workers + 8
+
+
+def first_clips(planner: Planner, corpora: Sequence[CorpusIndex], count: int) -> Iterator[NDArray[np.float32]]:
     """The first `count` clips of the plan, decoded: float32 (n_samples,) at 16 kHz. Undecodable ones are left out."""
-    records: dict[tuple[int, int], Record] = {}
+    found: dict[tuple[int, int], None] = {}
     for _ in range(count):  # at most: a step brings one clip or more, and a small corpus repeats
-        before = len(records)
-        for p in (p for chosen in next(planner).packs for p in chosen):
-            records[p.corpus, p.record] = planner.corpora[p.corpus].train[p.record]
-        if len(records) >= count or len(records) == before:
+        before = len(found)
+        found |= dict.fromkeys((p.corpus, p.record) for chosen in next(planner).packs for p in chosen)
+        if len(found) >= count or len(found) == before:
             break
-    for record in list(records.values())[:count]:
-        if record.audio:
-            with contextlib.suppress(Skip):
-                yield decode(record.audio.read(), record.n_samples)
+    for corpus, number in list(found)[:count]:
+        with contextlib.suppress(Skip, StorageError, Unreachable):
+            record, data = corpora[corpus].read(number)
+            if record.audio:
+                yield decode(data, record.n_samples)

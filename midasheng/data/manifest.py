@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
 import yaml
 
-from midasheng.config import UserError
+from midasheng.config import HEARD, TOLD, UserError
+from midasheng.data.audio import Skip
+from midasheng.sample import Turn
 
 
 class ManifestError(UserError):
@@ -36,7 +40,7 @@ class Card:
 
     name: str
     task: str
-    shards: str  # glob, relative to the data root
+    shards: str  # relative to the data root, or a URL; {000..127} and * as webdataset and the shell read them
     licence: str
     languages: list[str] = dataclasses.field(default_factory=list)
     hours: float = 0.0
@@ -47,16 +51,8 @@ class Card:
     prompts: list[str] = dataclasses.field(default_factory=list)
     answer: str = ""
     pairs: str = ""
+    answers: str = "one"  # of a record's prompts, answers or pairs: `one` a visit, or `all` together in one pack
     held_out: HeldOut | None = None
-
-    def shard_paths(self, root: Path) -> list[Path]:
-        """The shards there are, sorted. Raises ManifestError when there is none."""
-        paths = sorted(root.glob(self.shards))
-        if not paths:
-            raise ManifestError(
-                f"corpus {self.name}: no shard matches {root / self.shards}; run `make data`, or set data.root"
-            )
-        return paths
 
 
 @dataclass(frozen=True)
@@ -69,10 +65,48 @@ class Mix:
     notes: tuple[str, ...] = ()  # what was done to it on reading, to be printed
 
 
+def conversations(card: Card, content: dict[str, Any], where: str, clips: str = HEARD) -> list[tuple[Turn, ...]]:
+    """Every conversation that a record's JSON can become under its card; `clips` as data.clips. Raises ManifestError,
+    Skip("no text")."""
+
+    def wanted(field: str) -> Any:
+        if field not in content:
+            raise ManifestError(f"{where}: card {card.name} asks for JSON field `{field}`; there are {sorted(content)}")
+        return content[field]
+
+    def filled(template: str) -> str:
+        try:
+            return template.format_map(content)
+        except KeyError as error:
+            raise ManifestError(f"{where}: a prompt of {card.name} asks for JSON field {error}") from None
+        except ValueError as error:
+            raise ManifestError(f"{where}: a prompt of {card.name}: {error}; a brace itself is written twice") from None
+
+    if card.pairs:
+        try:
+            asked = [(str(p["question"]), str(p["answer"])) for p in wanted(card.pairs)]
+        except (KeyError, TypeError):
+            raise ManifestError(f"{where}: `{card.pairs}` is no list of {{question, answer}}") from None
+    else:
+        answers = wanted(card.answer)
+        answers = answers if isinstance(answers, list) else [answers]
+        asked = [(filled(p), str(a)) for p in card.prompts for a in answers if a]
+    if not asked:
+        raise Skip("no text")
+    heard = int(card.audio and clips == HEARD)
+    made: list[tuple[Turn, ...]] = [
+        (Turn("user", question, clips=heard), Turn("assistant", answer)) for question, answer in asked
+    ]
+    if clips == TOLD and card.context:  # twice, so that the plan draws two of three with the words
+        words = filled(card.context)
+        made += 2 * [(Turn("user", question, told=words), Turn("assistant", answer)) for question, answer in asked]
+    return made
+
+
 def _mapping(path: Path) -> dict[str, Any]:
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # no UTF-8; a date that is none
         raise ManifestError(f"{path}: cannot be read as YAML: {error}") from None
     if not isinstance(content, dict):
         raise ManifestError(f"{path}: expected `key: value` lines, found {type(content).__name__}")
@@ -118,9 +152,56 @@ def read_card(path: Path) -> Card:
         raise ManifestError(f"{path}: its name is `{card.name}`; a card bears the name of its file")
     if (bool(card.prompts), bool(card.answer)) != (not card.pairs, not card.pairs):
         raise ManifestError(f"{path}: write either `prompts` and `answer`, or `pairs`")
+    if card.answers not in ("one", "all"):
+        raise ManifestError(f"{path}: answers: {card.answers!r} is neither `one` nor `all`")
     if (card.context or card.alike) and not card.audio:
         raise ManifestError(f"{path}: `context` and `alike` are about a clip; drop them, or `audio: false`")
     return card
+
+
+class MixFile:
+    """mix.yaml in a run folder: whoever writes it changes the shares of a run that is going on.
+
+    `corpora:` and below it a percentage for each corpus of the run; 0 is allowed. A mistake in it must not end a run of
+    days: it is printed, once, and the shares stay as they are.
+    """
+
+    def __init__(self, path: Path, corpora: Sequence[str]) -> None:
+        self.path, self.corpora = path, tuple(corpora)
+        self.seen: tuple[float, ...] | str = ""
+
+    def follow(self, changes: Sequence[Any]) -> None:
+        """What the file said last, in a run that goes on: [step, shares] of each change."""
+        if changes:
+            self.seen = tuple(changes[-1][1])
+
+    def look(self) -> tuple[float, ...] | None:
+        """The shares in the order of the corpora, when the file says something new."""
+        if not self.path.is_file():
+            return None
+        try:
+            found: tuple[float, ...] | str = self._read()
+        except (ManifestError, OSError) as error:
+            found = str(error)
+        if found == self.seen:
+            return None
+        self.seen = found
+        if isinstance(found, str):
+            print(f"not followed: {found}", file=sys.stderr)
+            return None
+        return found
+
+    def _read(self) -> tuple[float, ...]:
+        shares: Any = _mapping(self.path).get("corpora")
+        good = isinstance(shares, dict) and all(
+            isinstance(p, int | float) and not isinstance(p, bool) and p >= 0 for p in shares.values()
+        )
+        if not good or set(shares) != set(self.corpora) or not 99.5 <= sum(shares.values()) <= 100.5:
+            raise ManifestError(
+                f"{self.path}: write `corpora:` and below it a percentage for each of {', '.join(self.corpora)}, "
+                "100 in all"
+            )
+        return tuple(float(shares[c]) for c in self.corpora)
 
 
 def read_mix(name: str, manifests: Path) -> Mix:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
 import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,13 @@ import lightning as L
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
-from midasheng import __version__, config, frames
+from midasheng import __version__, config
 from midasheng.config import ConfigError, Stage, UserError
-from midasheng.data.chat import Chat
-from midasheng.data.held_out import HeldOutSet
-from midasheng.data.index import CorpusIndex, index_corpus
-from midasheng.data.ledger import Ledger, Skipped, trim
+from midasheng.data.index import CorpusIndex
+from midasheng.data.ledger import Ledger, Skipped, drop_after, trim
 from midasheng.data.loader import first_clips, train_loader
-from midasheng.data.manifest import Mix, read_mix
-from midasheng.data.plan import Budget, Planner, budget, steps_of
+from midasheng.data.plan import Planner, differences
+from midasheng.data.room import DataRoom, read_data
 from midasheng.model import adapt, weights
 from midasheng.model.attention import verify
 from midasheng.model.audio_lm import AudioLM
@@ -33,7 +31,8 @@ from midasheng.model.encoder import EncoderShape
 from midasheng.sample import counter_seed
 from midasheng.train import optim
 from midasheng.train.listening import ListeningTest
-from midasheng.train.module import Course, StageModule, Stopped, StopRequest
+from midasheng.train.meter import add_event
+from midasheng.train.module import StageModule, Stopped, StopRequest
 from midasheng.train.order import Order, check_run_folder, command_line, is_first
 from midasheng.train.progress import ProgressLine, ending, stoppable
 
@@ -45,54 +44,6 @@ MAKE_TARGET = {"stage1_align": "make stage1", "stage2_pretrain": "make stage2", 
 
 
 # -- checks before anything is written ---------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class DataRoom:
-    """All that is known of the data before a model exists."""
-
-    mix: Mix
-    chat: Chat
-    corpora: tuple[CorpusIndex, ...]
-    budget: Budget
-    course: Course
-    held_out: tuple[HeldOutSet, ...]  # of the mix, then of data.also
-
-    def planner(self, seed: int) -> Planner:
-        """A planner at step 0."""
-        return Planner(self.corpora, self.mix.percent, self.budget, seed)
-
-
-def read_data(stage: Stage) -> DataRoom:
-    """Read mix, cards, shards and tokenizer. Raises UserError."""
-    d, t, b = stage.data, stage.tokenizer, stage.batch
-    mix = read_mix(d.mix, Path(d.manifests))
-    chat = Chat(t.path, t.audio_bos, t.audio, t.audio_eos)
-    root = Path(d.root)
-    corpora = tuple(index_corpus(card, root, chat, d.max_audio_s, d.clips) for card in mix.cards)
-    also = {
-        name: [index_corpus(card, root, chat, d.max_audio_s, d.clips, trains=False) for card in other.cards]
-        for name, other in ((name, read_mix(name, Path(d.manifests))) for name in d.also)
-    }  # fmt: skip
-    shape = budget(
-        corpora, mix.percent, kind=b.kind, clips_per_step=b.clips_per_step, packs_per_step=b.packs_per_step,
-        pack_slots=b.pack_slots, pack_frames=b.pack_frames,
-    )  # fmt: skip
-
-    def planner() -> Planner:
-        return Planner(corpora, mix.percent, shape, stage.run.seed)
-
-    length = max(1, steps_of(stage.run.length, "run.length", planner()))
-    course = Course(length, steps_of(stage.run.warmup, "run.warmup", planner()))
-    if course.warmup >= course.steps:
-        raise ConfigError(
-            f"run.warmup: {course.warmup} steps of warm-up in a run of {course.steps} steps "
-            f"(run.length: {stage.run.length}); lower it, or raise run.length"
-        )
-    held_out = tuple(
-        HeldOutSet(name, asked, chat, shape, d.val_clips) for name, asked in ((mix.name, corpora), *also.items())
-    )
-    return DataRoom(mix, chat, corpora, shape, course, held_out)
 
 
 def names_stage(origin: str) -> bool:
@@ -185,11 +136,10 @@ def header(order: Order, data: DataRoom, difference: float) -> str:
     b, stage = data.budget, order.stage
     lines = [f"{stage.name} at {order.scale} -> {order.folder}", *data.mix.notes]
     for corpus, percent in zip(data.corpora, data.mix.percent, strict=True):
-        left_out = ", ".join(f"{n} {reason}" for reason, n in corpus.reasons().items()) or "none"
-        hours = sum(frames.seconds(r.n_samples) for r in corpus.train) / 3600
+        left_out = ", ".join(f"{n} {reason}" for reason, n in corpus.summary.reasons.items()) or "none"
         lines.append(
-            f"  {corpus.card.name:24}{percent:6.1f} %{len(corpus.train):8} records{hours:8.2f} h"
-            f"{len(corpus.held_out):6} held out; left out: {left_out}"
+            f"  {corpus.card.name:24}{percent:6.1f} %{len(corpus):8} records{corpus.summary.hours:8.2f} h"
+            f"{sum(r.held_out for r in corpus.rows):6} held out; left out: {left_out}"
         )
     lines.append(
         f"  {data.course.steps} steps ({data.course.warmup} of warm-up), {b.packs_per_step} packs a step of "
@@ -208,7 +158,7 @@ def fit(order: Order) -> None:
     stage, folder, first = order.stage, order.folder, is_first()
     if stage.hardware.threads:
         torch.set_num_threads(stage.hardware.threads)
-    data = read_data(stage)
+    data = read_data(stage, make=first)
     starts = open_starts(order)
     for start in starts:
         weights.check_tokenizer(start, data.chat.fingerprint())
@@ -240,10 +190,13 @@ def train(
     stage, folder, hardware = order.stage, order.folder, order.stage.hardware
     resume = folder / "checkpoints" / "last.ckpt"
     saved = torch.load(resume, map_location="cpu", weights_only=True)["midasheng"] if resume.is_file() else None
-    if saved:
+    changed = differences(saved["plan"]["fingerprint"], planner.fingerprint()) if saved else ""
+    if saved and changed and stage.data.on_change == "restart_plan":
+        restart_plan(folder, planner, saved["step"], changed)
+    elif saved:
         planner.restore(saved["plan"])
     elif calibrates(stage, data.corpora):
-        clips = first_clips(data.planner(stage.run.seed), CALIBRATION_CLIPS)
+        clips = first_clips(data.planner(stage.run.seed), data.corpora, CALIBRATION_CLIPS)
         model.audio_encoder.init_bn.calibrate(model.audio_encoder.log_mel(torch.from_numpy(c)) for c in clips)
     stop = StopRequest()
     module = StageModule(
@@ -262,19 +215,21 @@ def train(
     steps_done = saved["step"] if saved else 0
     if is_first():
         trim(folder, steps_done if saved else -1)
+        drop_after(folder / "events.jsonl", steps_done + 1 if saved else -1)
         if not saved:  # killed before its first checkpoint
             (folder / "metrics.jsonl").unlink(missing_ok=True)
-    module.ledger = Ledger(folder, trainer.global_rank, steps_done)
+    module.planner = planner
+    module.ledger = Ledger(folder, trainer.global_rank, [c.card.name for c in data.corpora])
     for corpus in data.corpora:
-        left_out = [Skipped(corpus.card.name, key, reason) for key, reason in corpus.skipped]
-        write = trainer.global_rank == 0 and not saved
-        module.ledger.indexed(corpus.card.name, len(corpus.train), left_out, write=write)
+        writes = trainer.global_rank == 0 and not saved
+        left_out = [Skipped(corpus.card.name, *s) for s in corpus.skipped()] if writes else []
+        module.ledger.indexed(corpus.card.name, len(corpus), corpus.summary.reasons, left_out)
     if saved and is_first():
         print(f"resuming at step {steps_done} of {data.course.steps}")
     if saved is None or steps_done < data.course.steps:
         loader = train_loader(
-            planner, data.chat, data.budget, data.course.steps, rank=trainer.global_rank, world=trainer.world_size,
-            workers=hardware.workers,
+            planner, data.corpora, data.chat, data.course.steps, rank=trainer.global_rank, world=trainer.world_size,
+            workers=hardware.workers, prefetch=hardware.prefetch,
         )  # fmt: skip
         with stoppable(stop):
             trainer.fit(module, loader, ckpt_path=resume if saved else None, weights_only=True)
@@ -284,7 +239,7 @@ def train(
     if trainer.is_global_zero:
         record = {
             "stage": stage.name, "name": order.name, "scale": order.scale, "steps": module.done,
-            "parents": inputs["parents"], "plan": inputs["plan"],
+            "parents": inputs["parents"], "plan": planner.fingerprint(),
             "git_commit": git_commit(), "config_hash": config.fingerprint(stage), "midasheng": __version__,
             "torch": str(torch.__version__), "trained": list(stage.train), "lora": list(stage.lora.targets),
             "tokenizer": data.chat.fingerprint(), "skipped": module.ledger.summary(),
@@ -297,10 +252,24 @@ def train(
         print("\n".join([*ending(folder), f"skipped: {module.ledger.summary()}; weights in {folder / 'weights'}"]))
 
 
+def restart_plan(folder: Path, planner: Planner, step: int, changed: str) -> None:
+    """Go on training at `step` in a new order; the ledger of the old one is put aside."""
+    planner.restart(step)
+    if is_first():
+        aside = folder / f"ledger.until-step-{step}"
+        if aside.is_dir():  # killed before its first checkpoint, and begun again
+            shutil.rmtree(folder / "ledger", ignore_errors=True)
+        else:
+            trim(folder, step)
+            os.replace(folder / "ledger", aside)
+        add_event(folder, {"step": step, "event": "plan restarted", "because": changed})
+        print(f"data.on_change=restart_plan: {changed}; a new order from step {step} on, the old ledger is in {aside}")
+
+
 def calibrates(stage: Stage, corpora: Sequence[CorpusIndex]) -> bool:
     """A fresh encoder that will hear audio needs one pass for the statistics of init_bn; a loaded one brings them."""
     fresh = adapt.matches("audio_encoder.init_bn.running_mean", stage.fresh)
-    return fresh and any(r.audio for c in corpora for r in c.train)
+    return fresh and any(c.summary.mean_frames for c in corpora)
 
 
 def run_stage(default: str, contract: Callable[[Stage], None], argv: Sequence[str] | None = None) -> int:

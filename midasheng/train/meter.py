@@ -73,6 +73,12 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def add_event(run: Path, event: dict[str, Any]) -> None:
+    """Append a row to events.jsonl: {"step", "event", ...}, something that happened to the run between two steps."""
+    with (run / "events.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(event, ensure_ascii=False) + "\n")
+
+
 def clock(seconds: float) -> str:
     """90.0 -> "1 min 30 s"."""
     minutes, rest = divmod(round(seconds), 60)

@@ -19,11 +19,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from midasheng.config import Stage, UserError
 from midasheng.data.ledger import Ledger
-from midasheng.data.loader import StepBatch
+from midasheng.data.loader import StepBatch, steps_ahead
+from midasheng.data.manifest import MixFile
+from midasheng.data.plan import Planner
+from midasheng.data.room import Course
 from midasheng.model.audio_lm import AudioLM
 from midasheng.sample import counter_seed
 from midasheng.train.listening import ListeningTest
-from midasheng.train.meter import Meter, MetricsFile
+from midasheng.train.meter import Meter, MetricsFile, add_event
 from midasheng.train.optim import clip, learning_rate, optimizer
 
 
@@ -40,14 +43,6 @@ class StopRequest:
     """Somebody wants the run to stop between two steps."""
 
     requested: bool = False
-
-
-@dataclass(frozen=True)
-class Course:
-    """How long a run is: steps in all, and of warm-up."""
-
-    steps: int
-    warmup: int
 
 
 class StageModule(L.LightningModule):
@@ -71,6 +66,8 @@ class StageModule(L.LightningModule):
         self.done = 0
         self.began, self.seconds = time.monotonic(), 0.0  # training up to the last checkpoint, over all resumes
         self.plan_state: dict[str, Any] = {}
+        self.planner: Planner | None = None
+        self.mix_file = MixFile(run / "mix.yaml", corpora)
         self.shown: dict[str, float] = {}  # for the progress line
         self.ledger: Ledger | None = None
 
@@ -83,6 +80,8 @@ class StageModule(L.LightningModule):
     def on_train_start(self) -> None:
         """Open the files; validate at step 0."""
         rank = self.trainer.global_rank
+        assert self.planner is not None
+        self.mix_file.follow(self.planner.changes())
         self.metrics = MetricsFile(self.run / "metrics.jsonl", self.done, write=rank == 0)
         assert self.ledger is not None
         self.model.train()
@@ -95,9 +94,13 @@ class StageModule(L.LightningModule):
         """One optimizer step over this rank's packs. The loss is the sum of token losses over the targets of the whole
         global step: actual counts, reduced before the first backward."""
         assert batch.step == self.done, f"step {self.done} expected, the loader brought {batch.step}"
-        counts = torch.tensor([sum(p.targets for p in batch.packs), float(self.stop.requested)], dtype=torch.float64)
-        targets, stop = self._sum_over_ranks(counts).tolist()
-        world = self.trainer.world_size
+        world, digest = self.trainer.world_size, float(batch.state_after["digest"])
+        counts = [sum(p.targets for p in batch.packs), float(self.stop.requested), digest]
+        targets, stop, digests = self._sum_over_ranks(torch.tensor(counts, dtype=torch.float64)).tolist()
+        if digests != world * digest:  # CRC32: its multiples are exact in float64
+            raise AssertionError(
+                f"step {batch.step}: rank {self.trainer.global_rank} trains on another plan than others"
+            )
         adam = self.optimizers()
         assert isinstance(adam, LightningOptimizer)
         rate = learning_rate(self.done, self.course.steps, self.course.warmup, self.stage.optim.final_lr)
@@ -153,14 +156,14 @@ class StageModule(L.LightningModule):
     def _after_step(self, batch: StepBatch, norm: float, lr: float, stop: bool) -> None:
         """Files, validation, checkpoint, stop: all between steps."""
         assert self.ledger is not None
-        trained = [(c, k) for p in batch.packs for c, k in zip(p.corpora, p.keys, strict=True)]
-        self.ledger.step(batch.step, trained, batch.skipped)
+        self.ledger.step(batch.step, batch.trained, batch.checksum, batch.skipped)
         last = self.done == self.course.steps
         log = self.stage.log
         if self.done % log.every == 0 or last:
             row = self.meter.row(self._sum_over_ranks)
             self.metrics.add({"step": self.done, "loss": row["loss"], "lr": lr, "grad_norm": norm, **row})
             self._log({"train/loss": row["loss"], "train/lr": lr, "train/grad_norm": norm})
+            self._follow_mix_file()
         if self.done % log.val_every == 0 or last:
             self._validate(ends=last)
         if last and self.trainer.global_rank == 0 and self.stage.data.answers:
@@ -169,6 +172,20 @@ class StageModule(L.LightningModule):
             self.save()
         if stop and not last:
             raise Stopped
+
+    def _follow_mix_file(self) -> None:
+        """When the user has written mix.yaml into the run folder: draw in its shares, on all ranks from one step on."""
+        assert self.planner is not None
+        found = [self.mix_file.look() if self.trainer.global_rank == 0 else None]
+        if self.trainer.world_size > 1:
+            torch.distributed.broadcast_object_list(found)
+        if found[0] is None:
+            return
+        from_step = self.done + steps_ahead(self.stage.hardware.workers, self.stage.hardware.prefetch)
+        self.planner.change(from_step, found[0])
+        if self.trainer.global_rank == 0:
+            shares = dict(zip(self.meter.corpora, found[0], strict=True))
+            add_event(self.run, {"step": self.done, "event": "mix", "from_step": from_step, "percent": shares})
 
     def _log(self, values: dict[str, float]) -> None:
         for logger in self.loggers:
@@ -196,6 +213,11 @@ class StageModule(L.LightningModule):
 
     def save(self) -> None:
         """Write checkpoints/last.ckpt; a kill while writing leaves the former one whole."""
+        assert self.ledger is not None
+        assert self.planner is not None
+        # a change that was announced after this step was planned must not be forgotten by a resume
+        self.plan_state = {**self.plan_state, "events": self.planner.changes()}
+        self.ledger.flush(self.plan_state)
         part = self.checkpoint.with_suffix(".part")
         self.trainer.save_checkpoint(part)
         if self.trainer.global_rank == 0:
@@ -207,7 +229,7 @@ class StageModule(L.LightningModule):
         self.seconds, self.began = self.seconds + now - self.began, now
         checkpoint["midasheng"] = {
             "step": self.done, "plan": self.plan_state, "sums": self._sum_over_ranks(self.meter.sums),
-            "start_digests": self.start_digests, "seconds": self.seconds,
+            "start_digests": self.start_digests, "seconds": self.seconds, "corpora": list(self.meter.corpora),
         }  # fmt: skip
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -215,6 +237,7 @@ class StageModule(L.LightningModule):
         own = checkpoint["midasheng"]
         self.done, self.plan_state, self.start_digests = own["step"], own["plan"], own["start_digests"]
         self.seconds = own["seconds"]
-        first = self.trainer.global_rank == 0  # the sums were reduced: one rank carries them on
-        self.meter.sums = own["sums"].clone() if first else torch.zeros_like(own["sums"])
+        # the sums were reduced: one rank carries them on; with other corpora (a restarted plan) they begin again
+        if self.trainer.global_rank == 0 and own["corpora"] == list(self.meter.corpora):
+            self.meter.sums = own["sums"].clone()
         checkpoint.pop("loops", None)

@@ -12,6 +12,7 @@ from typing import Any
 
 from midasheng import config
 from midasheng.config import ConfigError, Loaded, Stage
+from midasheng.data.plan import differences
 
 
 @dataclass(frozen=True)
@@ -74,7 +75,10 @@ def check_run_folder(order: Order, inputs: dict[str, Any]) -> str:
     if not (folder / "config.yaml").is_file():
         return "new"
     before, now = config.saved(folder / "config.yaml"), config.binding(order.stage)
+    new_plan = order.stage.data.on_change == "restart_plan"
     for name in sorted(set(now) | set(before) - config.free_keys()):
+        if new_plan and (name.split(".")[0] in ("data", "batch") or name in ("run.length", "run.warmup", "run.seed")):
+            continue
         if before.get(name) != now.get(name):
             raise ConfigError(
                 f"{folder} holds a run with {name} = {json.dumps(before.get(name))}, this one has "
@@ -82,9 +86,11 @@ def check_run_folder(order: Order, inputs: dict[str, Any]) -> str:
             )
     was = json.loads((folder / "inputs.json").read_text(encoding="utf-8"))
     remedy = "train this stage again with FRESH=1, or keep both with NAME=..."
-    if was["plan"] != inputs["plan"]:
+    changed = differences(was["plan"], inputs["plan"])
+    if changed and not new_plan:
         raise ConfigError(
-            f"{folder} was trained on other data (shards, cards or tokenizer have changed since); {remedy}"
+            f"{folder} was trained on other data: {changed}; {remedy}, or go on in a new order with "
+            "data.on_change=restart_plan"
         )
     if was["parents"] != inputs["parents"]:
         other = next(p["from"] for p in [*inputs["parents"], *was["parents"]] if p not in was["parents"])

@@ -11,8 +11,7 @@ import pytest
 from midasheng.curate import generated
 from midasheng.curate.generated import CLOSED_WORDS, LENGTHS, LEVELS, PITCHES, SOUNDS, TEMPOS, clips
 from midasheng.curate.shards import split_of
-from midasheng.data.index import conversations
-from midasheng.data.manifest import read_mix
+from midasheng.data.manifest import conversations, read_mix
 from midasheng.sample import unit_hash
 
 MANIFESTS = Path(__file__).parents[2] / "data_manifests/generated"

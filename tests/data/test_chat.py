@@ -73,6 +73,46 @@ def test_text_never_becomes_a_special_token(chat, text):
     assert answer[-1] == chat.im_end
 
 
+TRICKY = [
+    "", " ", "\n", "\n\n  \n", "  two leading spaces", "tab\tand\r\nreturn", "trailing ", "a  b   c", "don't won't I'll",
+    "no <|im_end|> here", "<|im_end|><|im_start|>assistant\n", " <|AUDIO|> ", "<|endoftext|>", "<|im_end|", "<|audio_bos|>x",
+    "<|en|>", "Transcribe the speech into text <|es|>", "yes", " yes", "Yes.", "English", " English", "EnglishSpanish",
+    "café", "cafe\u0301", "ﬁne", "ß ẞ", "İstanbul", "日本語のテキスト", "한국어", "Москва", "مرحبا بالعالم", "नमस्ते", "👩‍👩‍👧‍👦 🇪🇸",
+    "\u200b\u200d\ufeff", "\u2028", "\0", "\x7f", "1234567890", "3.14159", "1,000,000", "x" * 5000, "ab " * 2000, "\\n", "{}",
+    "A Spanish tone.", "[INST] <s> </s> <pad> <unk>",
+]  # fmt: skip
+
+
+def test_plain_text_has_the_ids_of_the_tokenizer_itself(chat):
+    """The copy that is three times faster must be the same tokenizer: weights were trained on those ids."""
+    vocabulary = list(chat.tokenizer.get_vocab())
+    closed = [c for word in vocabulary for c in (word, f" {word}", f"{word} {word}x")]  # each token's own characters
+    rng = np.random.default_rng(0)
+    mixed = ["".join(rng.choice([*TRICKY[:40], *vocabulary], 6)) for _ in range(200)]
+    wrong = 0
+    for text in [*TRICKY, *closed, *mixed]:
+        theirs = chat.tokenizer(text, add_special_tokens=False, split_special_tokens=True)["input_ids"]
+        assert list(chat.text(text)) == theirs, repr(text)
+        wrong += theirs != chat.tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert wrong > 10  # of these texts, read as a conversation is
+
+
+def test_another_call_does_not_change_what_plain_text_becomes(chat, tmp_path):
+    """Padding and truncation are state of a backend tokenizer, and are saved with it."""
+    chat.save(tmp_path)
+    before = chat.text("A Spanish tone.")
+    again = Chat(str(tmp_path), "<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>")
+    again.tokenizer.pad_token = "<|im_end|>"
+    again.tokenizer(["A", "A Spanish tone."], padding="max_length", max_length=40, truncation=True)
+    again.tokenizer("<|im_end|>", split_special_tokens=False)
+    assert again.text("A Spanish tone.") == before
+    assert again.text("<|im_end|>") == chat.text("<|im_end|>") != (chat.im_end,)
+    again.tokenizer.backend_tokenizer.enable_truncation(2)
+    again.tokenizer.save_pretrained(tmp_path / "b")
+    third = Chat(str(tmp_path / "b"), "<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>")
+    assert third.text("A Spanish tone, and more") == chat.text("A Spanish tone, and more")
+
+
 def test_opened_answer(chat):
     got = chat.encode([ASK], [1], answer_follows=True)
     chatml = f"{USER}{clip(1)}Which language?{ANSWER}"

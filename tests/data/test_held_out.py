@@ -2,23 +2,25 @@
 
 import random
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from midasheng import frames
-from midasheng.data import loader as loader_room
+from midasheng.data import held_out as held_out_room
 from midasheng.data.audio import Skip
 from midasheng.data.chat import Chat
 from midasheng.data.held_out import ALIKE, KINDS, MOST_ANSWERS, NONE, OTHER, OWN, Asked, HeldOutSet
-from midasheng.data.index import CorpusIndex, Place, Record, Variant, index_corpus
-from midasheng.data.manifest import Card, read_mix
+from midasheng.data.index import CorpusIndex, Record
+from midasheng.data.manifest import Card, HeldOut, read_mix
 from midasheng.data.plan import Budget, budget
-from midasheng.sample import NO_TARGET, Pack, Turn
-from tests.conftest import Tiny
+from midasheng.sample import NO_TARGET, Pack, unit_hash
+from tests.conftest import Tiny, flac, open_index, write_shard
 from tests.data.test_loader import Room, same
 
 MIXES = ("align", "pretrain", "sft", "text")
@@ -29,7 +31,7 @@ def held_out(tiny: Tiny, chat: Chat, mix: str = "pretrain", most: int = 1000, **
     """The held-out set of a mix of the tiny corpus."""
     read = read_mix(mix, tiny.manifests)
     clips = "told" if mix == "text" else "heard"
-    corpora = [index_corpus(card, tiny.shards, chat, 30.0, clips) for card in read.cards]
+    corpora = [open_index(card, tiny.shards, chat, clips=clips) for card in read.cards]
     shape = budget(
         corpora, read.percent, kind="report", clips_per_step=18, packs_per_step=3, pack_slots=0, pack_frames=0
     )
@@ -60,24 +62,51 @@ def samples(asked: HeldOutSet, kind: str) -> dict[int, dict[str, object]]:
     return found
 
 
-# -- an index without shards ------------------------------------------------------------------------------------------
+# -- corpora that are made up -----------------------------------------------------------------------------------------
 
 
-def conversation(chat: Chat, question: str, answer: str, clips: int = 1) -> Variant:
-    turns = (Turn("user", question, clips=clips), Turn("assistant", answer))
-    encoded = chat.encode(turns, [0] * clips)
-    return Variant(turns, len(encoded.ids), int((encoded.labels != NO_TARGET).sum()))
+@dataclass(frozen=True)
+class MadeUp:
+    """One record to be written: silence of so many samples, and what is asked about it."""
+
+    key: str
+    n_samples: int
+    pairs: list[tuple[str, str]]
+    alike: str = ""
 
 
-def made_up(chat: Chat, key: str, n_samples: int, pairs: list[tuple[str, str]], alike: str = "") -> Record:
-    return Record(key, Place("", 0, 0), n_samples, tuple(conversation(chat, q, a) for q, a in pairs), alike)
+@lru_cache
+def silence(n_samples: int) -> bytes:
+    return flac(np.zeros(n_samples, dtype=np.float32))
 
 
-def corpus(held: list[Record], train: list[Record] = (), name: str = "c") -> CorpusIndex:
-    return CorpusIndex(Card(name, "qa", "", "none"), tuple(train), tuple(held), np.zeros(len(train)), ())
+Write = Callable[..., CorpusIndex]
+HELD, TRAIN = sorted(("one", "other"), key=lambda s: unit_hash("held_out:" + s))  # the lower hash is held out
 
 
-def a_language_quiz(chat: Chat, records: int = 40, seed: int = 0) -> list[Record]:
+@pytest.fixture
+def corpus(chat: Chat, tmp_path: Path) -> Write:
+    """Writes a shard of records to hold out and to train on, and opens its index."""
+
+    def write(held: Sequence[MadeUp], train: Sequence[MadeUp] = (), name: str = "c") -> CorpusIndex:
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        members = [
+            (r.key, silence(r.n_samples), {
+                "set": to, "alike": r.alike, "pairs": [{"question": q, "answer": a} for q, a in r.pairs],
+            })
+            for to, records in ((HELD, held), (TRAIN, train)) for r in records
+        ]  # fmt: skip
+        write_shard(folder / "shards" / "c.tar", members)
+        split = HeldOut("set", unit_hash("held_out:" + TRAIN), 10_000)
+        card = Card(name, "qa", "c.tar", "none", alike="alike", pairs="pairs", held_out=split)
+        made = open_index(card, folder / "shards", chat)
+        assert (len(made.held_out), len(made)) == (len(held), len(train))
+        return made
+
+    return write
+
+
+def a_language_quiz(records: int = 40, seed: int = 0) -> list[MadeUp]:
     """Records with a question of three answers, one of two, one of many, and captions of which some are shared."""
     rng = random.Random(seed)
     made = []
@@ -88,7 +117,7 @@ def a_language_quiz(chat: Chat, records: int = 40, seed: int = 0) -> list[Record
         if n % 7 == 0:  # not every record is asked everything
             pairs = pairs[3:]
         rng.shuffle(pairs)
-        made.append(made_up(chat, f"k{n}", rng.randrange(4_000, 60_000), pairs, language + loud))
+        made.append(MadeUp(f"k{n}", rng.randrange(4_000, 60_000), pairs, language + loud))
     return made
 
 
@@ -149,9 +178,9 @@ def test_numbers_name_the_sample_of_each_segment(tiny_data, chat, mix):
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_other_clip_is_of_a_record_whose_answers_to_the_question_all_differ(chat, seed):
-    records = a_language_quiz(chat, seed=seed)
-    asked = HeldOutSet("m", [corpus(records)], chat, WIDE, 1000).asked
+def test_the_other_clip_is_of_a_record_whose_answers_to_the_question_all_differ(chat, corpus, seed):
+    index = corpus(a_language_quiz(seed=seed))
+    records, asked = index.held_out, HeldOutSet("m", [index], chat, WIDE, 1000).asked
     assert len(asked) == len(records)
     for a in asked:
         right = answers(a.record, a.question)
@@ -163,21 +192,21 @@ def test_the_other_clip_is_of_a_record_whose_answers_to_the_question_all_differ(
     assert sum(a.other is not None for a in asked) > 30
 
 
-def test_an_answer_shared_in_another_form_of_the_caption_rules_a_clip_out(chat):
+def test_an_answer_shared_in_another_form_of_the_caption_rules_a_clip_out(chat, corpus):
     """Two clips of one voice: the caption asked for differs, another one is equal, so it may be true of both."""
-    one = made_up(chat, "one", 9_000, [("Caption?", "A dog."), ("Caption?", "Clip 1.")])
-    two = made_up(chat, "two", 9_000, [("Caption?", "Clip 2."), ("Caption?", "A dog.")])
+    one = MadeUp("one", 9_000, [("Caption?", "A dog."), ("Caption?", "Clip 1.")])
+    two = MadeUp("two", 9_000, [("Caption?", "Clip 2."), ("Caption?", "A dog.")])
     alone = HeldOutSet("m", [corpus([one, two])], chat, WIDE, 9).asked
     assert [a.other for a in alone] == [None, None]
-    three = made_up(chat, "three", 9_000, [("Caption?", "A cat.")])
+    three = MadeUp("three", 9_000, [("Caption?", "A cat.")])
     asked = HeldOutSet("m", [corpus([one, two, three])], chat, WIDE, 9).asked
-    assert [a.other for a in asked[:2]] == [three, three]
+    assert [a.other.key for a in asked[:2]] == ["three", "three"]
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_the_alike_clip_is_alike_in_its_field_and_the_nearest_in_length(chat, seed):
-    records = [replace(r, alike=r.alike[0]) for r in a_language_quiz(chat, seed=seed)]
-    asked = HeldOutSet("m", [corpus(records)], chat, WIDE, 1000).asked
+def test_the_alike_clip_is_alike_in_its_field_and_the_nearest_in_length(chat, corpus, seed):
+    index = corpus([replace(r, alike=r.alike[0]) for r in a_language_quiz(seed=seed)])
+    records, asked = index.held_out, HeldOutSet("m", [index], chat, WIDE, 1000).asked
     for a in asked:
         right = answers(a.record, a.question)
         good = [r for r in records if answers(r, a.question) and not answers(r, a.question) & right]
@@ -191,30 +220,31 @@ def test_the_alike_clip_is_alike_in_its_field_and_the_nearest_in_length(chat, se
     assert any(a.other and not a.alike for a in asked)
 
 
-def test_other_clips_are_used_evenly(chat):
+def test_other_clips_are_used_evenly(chat, corpus):
     """One clip that stands in everywhere would make its voice the whole test."""
-    records = [made_up(chat, f"k{n}", 9_000, [("Which?", "A" if n % 4 else "B")]) for n in range(40)]
+    records = [MadeUp(f"k{n}", 9_000, [("Which?", "A" if n % 4 else "B")]) for n in range(40)]
     asked = HeldOutSet("m", [corpus(records)], chat, WIDE, 1000).asked
     used = Counter(a.other.key for a in asked)
     assert [used[f"k{n}"] for n in range(0, 40, 4)] == [3] * 10  # the ten of B stand in for thirty of A
     assert sorted(used[r.key] for n, r in enumerate(records) if n % 4) == [0] * 20 + [1] * 10
 
 
-def test_a_clip_stands_in_within_its_corpus_only(chat):
-    first = [made_up(chat, f"a{n}", 9_000, [("Which?", "A")]) for n in range(4)]
-    second = [made_up(chat, f"b{n}", 9_000, [("Which?", "B")]) for n in range(4)]
+def test_a_clip_stands_in_within_its_corpus_only(chat, corpus):
+    first = [MadeUp(f"a{n}", 9_000, [("Which?", "A")]) for n in range(4)]
+    second = [MadeUp(f"b{n}", 9_000, [("Which?", "B")]) for n in range(4)]
     asked = HeldOutSet("m", [corpus(first), corpus(second, name="d")], chat, WIDE, 1000).asked
     assert [a.other for a in asked] == [None] * 8
 
 
-def test_a_clip_that_would_not_fit_with_the_question_does_not_stand_in(chat):
-    short = made_up(chat, "short", 9_000, [("Which? " + "word " * 30, "A")])
-    long = made_up(chat, "long", 90_000, [("Which? " + "word " * 30, "B")])
-    fitting = made_up(chat, "fitting", 30_000, [("Which? " + "word " * 30, "B")])
-    text = short.variants[0].slots
+def test_a_clip_that_would_not_fit_with_the_question_does_not_stand_in(chat, corpus):
+    short = MadeUp("short", 9_000, [("Which? " + "word " * 30, "A")])
+    long = MadeUp("long", 90_000, [("Which? " + "word " * 30, "B")])
+    fitting = MadeUp("fitting", 30_000, [("Which? " + "word " * 30, "B")])
+    index = corpus([short, long, fitting])
+    text = index.held_out[0].variants[0].slots
     for cap in ({"pack_slots": text + frames.audio_tokens(30_000)}, {"pack_frames": frames.frames(30_000)}):
-        made = HeldOutSet("m", [corpus([short, long, fitting])], chat, replace(WIDE, **cap), 9)
-        assert [(a.record, a.other) for a in made.asked] == [(short, fitting), (fitting, short)]
+        made = HeldOutSet("m", [index], chat, replace(WIDE, **cap), 9)
+        assert [(a.record.key, a.other.key) for a in made.asked] == [("short", "fitting"), ("fitting", "short")]
 
 
 def test_text_has_no_other_clip(tiny_data, chat):
@@ -309,14 +339,14 @@ def test_packs_keep_both_budgets_whatever_is_heard(tiny_data, chat, cap):
 
 def undecodable(monkeypatch: pytest.MonkeyPatch, bad: Callable[[int], bool]) -> None:
     """Clips whose number of samples is `bad` cannot be decoded."""
-    decode = loader_room.decode
+    decode = held_out_room.decode
 
     def broken(data: bytes, n_samples: int) -> np.ndarray:
         if bad(n_samples):
             raise Skip("undecodable")
         return decode(data, n_samples)
 
-    monkeypatch.setattr(loader_room, "decode", broken)
+    monkeypatch.setattr(held_out_room, "decode", broken)
 
 
 def test_undecodable_held_out_record_is_left_out(tiny_data, chat, monkeypatch):
@@ -340,13 +370,13 @@ def test_an_undecodable_clip_is_left_out_and_shifts_no_other_sample(tiny_data, c
 # -- closed and open questions -----------------------------------------------------------------------------------------
 
 
-def quiz(chat: Chat, counts: dict[str, dict[str, int]], key: str, n_samples: int = 9_000) -> list[Record]:
+def quiz(counts: dict[str, dict[str, int]], key: str, n_samples: int = 9_000) -> list[MadeUp]:
     """Records of one question each: question -> answer -> how many."""
     asked = [(q, a) for q, by in counts.items() for a, n in by.items() for _ in range(n)]
-    return [made_up(chat, f"{key}{n}", n_samples, [pair]) for n, pair in enumerate(asked)]
+    return [MadeUp(f"{key}{n}", n_samples, [pair]) for n, pair in enumerate(asked)]
 
 
-def test_closed_questions_are_those_with_few_answers_in_training(chat):
+def test_closed_questions_are_those_with_few_answers_in_training(chat, corpus):
     train = {
         "Which?": {"A": 5, "B": 9, "C": 1}, "Always?": {"yes": 9}, "Write.": {f"text {n}": 1 for n in range(9)},
         "Twelve?": {f"{n}": 2 for n in range(MOST_ANSWERS)}, "Thirteen?": {f"{n}": 2 for n in range(MOST_ANSWERS + 1)},
@@ -354,7 +384,7 @@ def test_closed_questions_are_those_with_few_answers_in_training(chat):
     }  # fmt: skip
     held = {q: {"A": 3} if q == "Which?" else dict.fromkeys(list(by)[:2], 1) for q, by in train.items()}
     held["Never trained?"] = {"yes": 2, "no": 2}
-    made = HeldOutSet("m", [corpus(quiz(chat, held, "h"), quiz(chat, train, "t"))], chat, WIDE, 0)
+    made = HeldOutSet("m", [corpus(quiz(held, "h"), quiz(train, "t"))], chat, WIDE, 0)
     closed = made.closed(100)
     assert Counter(c.asked.question for c in closed) == {"Which?": 3, "Twelve?": 2}
     assert {c.answers for c in closed if c.asked.question == "Which?"} == {("A", "B", "C")}  # those of training
@@ -362,18 +392,18 @@ def test_closed_questions_are_those_with_few_answers_in_training(chat):
     assert all(c.asked.record in made.corpora[0].held_out for c in closed)
 
 
-def test_closed_questions_of_a_mix_that_is_all_held_out(chat):
-    made = HeldOutSet("m", [corpus(quiz(chat, {"Which?": {"A": 5, "B": 9}}, "h"))], chat, WIDE, 0)
+def test_closed_questions_of_a_mix_that_is_all_held_out(chat, corpus):
+    made = HeldOutSet("m", [corpus(quiz({"Which?": {"A": 5, "B": 9}}, "h"))], chat, WIDE, 0)
     closed = made.closed(100)
     assert len(closed) == 14
     assert {c.answers for c in closed} == {("A", "B")}
 
 
-def test_closed_questions_up_to_a_number_for_each_corpus_and_set_of_answers_one_for_a_clip(chat):
+def test_closed_questions_up_to_a_number_for_each_corpus_and_set_of_answers_one_for_a_clip(chat, corpus):
     pairs = [("Loud?", "yes"), ("Long?", "no"), ("Which?", "A")]
     other = [("Loud?", "no"), ("Long?", "yes"), ("Which?", "B")]
-    train = [made_up(chat, f"t{n}", 9_000, other if n % 2 else pairs) for n in range(20)]
-    held = [made_up(chat, f"h{n}", 9_000, other if n % 2 else pairs) for n in range(10)]
+    train = [MadeUp(f"t{n}", 9_000, other if n % 2 else pairs) for n in range(20)]
+    held = [MadeUp(f"h{n}", 9_000, other if n % 2 else pairs) for n in range(10)]
     two = [corpus(held, train), corpus(held[:3], train, "d")]
     closed = HeldOutSet("m", two, chat, WIDE, 0).closed(4)
     of = Counter((c.asked.corpus, c.answers) for c in closed)
@@ -392,15 +422,15 @@ def test_closed_questions_up_to_a_number_for_each_corpus_and_set_of_answers_one_
     assert every == HeldOutSet("m", two, chat, WIDE, 0).closed(100)
 
 
-def test_closed_questions_that_fit_no_pack_are_left_out(chat):
-    train = quiz(chat, {"Which?": {"A": 5, "B": 9}}, "t")
-    held = quiz(chat, {"Which?": {"A": 2}}, "long", 90_000) + quiz(chat, {"Which?": {"A": 2}}, "short", 9_000)
+def test_closed_questions_that_fit_no_pack_are_left_out(chat, corpus):
+    train = quiz({"Which?": {"A": 5, "B": 9}}, "t")
+    held = quiz({"Which?": {"A": 2}}, "long", 90_000) + quiz({"Which?": {"A": 2}}, "short", 9_000)
     made = HeldOutSet("m", [corpus(held, train)], chat, replace(WIDE, pack_frames=frames.frames(9_000)), 0)
     assert sorted(c.asked.record.key for c in made.closed(100)) == ["short0", "short1"]
 
 
-def test_open_questions_are_of_each_corpus_in_turn(chat):
-    one, two = (quiz(chat, {"Write.": {f"{n}": 1 for n in range(9)}}, key) for key in "ab")
+def test_open_questions_are_of_each_corpus_in_turn(chat, corpus):
+    one, two = (quiz({"Write.": {f"{n}": 1 for n in range(9)}}, key) for key in "ab")
     made = HeldOutSet("m", [corpus(one), corpus(two[:2], name="d")], chat, WIDE, 100)
     assert [a.record.key for a in made.open(6)] == ["a0", "b0", "a1", "b1", "a2", "a3"]
     assert len(made.open(100)) == 11
@@ -441,8 +471,8 @@ def test_a_prompt_whose_clip_cannot_be_decoded_is_left_out(tiny_data, chat, monk
     assert left == [n for n, a in enumerate(asked.asked) if a.record.n_samples != first]
 
 
-def test_question_and_answer_are_of_the_variant(chat):
-    record = made_up(chat, "k", 9_000, [("Which?", "A"), ("Loud?", "no")])
+def test_question_and_answer_are_of_the_variant(corpus):
+    (record,) = corpus([MadeUp("k", 9_000, [("Which?", "A"), ("Loud?", "no")])]).held_out
     assert [(Asked(0, record, v, None, None).question, Asked(0, record, v, None, None).answer) for v in (0, 1)] == [
         ("Which?", "A"), ("Loud?", "no"),
     ]  # fmt: skip

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from midasheng.data.manifest import ManifestError, read_card, read_mix
+from midasheng.data.manifest import ManifestError, MixFile, read_card, read_mix
 from tests.conftest import CONFIGS
 
 MANIFESTS = CONFIGS.parent / "data_manifests"
@@ -90,16 +90,15 @@ def test_mix_that_is_not_there(mix):
         ({"held_out": {"by": "source", "share": 0.1}}, "missing key `max`"),
         ({"held_out": {"by": "source", "share": "1e-4", "max": 3}}, "share: '1e-4' is not of type float"),
         ({"held_out": {"by": "source", "share": 8, "max": 3}}, "share 8 lies in 0 to 1"),
+        ({"held_out": {"by": "source", "share": 0.1, "max": -3}}, "max is not negative"),
+        ({"answers": "both"}, "answers: 'both' is neither `one` nor `all`"),
+        ({"audio": False, "alike": "language"}, "`context` and `alike` are about a clip"),
+        ({"audio": False, "context": "{text}"}, "`context` and `alike` are about a clip"),
     ],
 )
 def test_mistakes_in_a_card(card, changes, says):
     with pytest.raises(ManifestError, match=says):
         card(**changes)
-
-
-def test_card_without_shards(card, tmp_path):
-    with pytest.raises(ManifestError, match=r"corpus a: no shard matches .*a-\*.tar"):
-        card().shard_paths(tmp_path)
 
 
 def test_all_manifests_are_read():
@@ -108,3 +107,83 @@ def test_all_manifests_are_read():
     assert {c.name for m in mixes for c in m.cards} == cards.keys()
     rules = {(c.shards, c.held_out) for c in cards.values()}
     assert len(rules) == len({shards for shards, _ in rules}), "cards of the same shards hold out different records"
+
+
+# -- mix.yaml of a run that is going on --------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def live(tmp_path):
+    """(the file, who follows it) of a run on corpora `bee` and `a`."""
+    return tmp_path / "mix.yaml", MixFile(tmp_path / "mix.yaml", ["bee", "a"])
+
+
+def test_shares_are_followed_once_each_in_the_order_of_the_run(live):
+    path, mix = live
+    assert mix.look() is None  # nobody has written one
+    path.write_text("corpora: {a: 30, bee: 70}")
+    assert mix.look() == (70.0, 30.0)
+    assert mix.look() is None
+    path.write_text("corpora:\n  bee: 70.0  # touched, not changed\n  a: 30.0\n")
+    assert mix.look() is None
+    path.write_text("corpora: {a: 100, bee: 0}")
+    assert mix.look() == (0.0, 100.0)
+    path.unlink()
+    assert mix.look() is None
+    path.write_text("corpora: {a: 30, bee: 70}")
+    assert mix.look() == (70.0, 30.0)
+
+
+MISTAKES = {
+    "corpora: {a: 30, bee: 60}": "100 in all",
+    "corpora: {a: 30, bee: 70, c: 0}": "a percentage for each of bee, a",
+    "corpora: {a: 100}": "a percentage for each of bee, a",
+    "corpora: {a: 101, bee: -1}": "100 in all",
+    "corpora: {a: .nan, bee: 100}": "100 in all",
+    "corpora: {a: '30', bee: 70}": "100 in all",
+    "corpora: {a: 99, bee: true}": "100 in all",
+    "corpora: [a, bee]": "write `corpora:`",
+    "a: 30": "write `corpora:`",
+    "corpora: {a: 30": "cannot be read as YAML",
+    "": "expected `key: value` lines",
+}
+
+
+@pytest.mark.parametrize("text", MISTAKES)
+def test_a_mistake_in_the_shares_of_a_run_is_said_once_and_the_run_goes_on(live, capsys, text):
+    path, mix = live
+    path.write_text("corpora: {a: 30, bee: 70}")
+    mix.look()
+    path.write_text(text)
+    assert [mix.look(), mix.look(), mix.look()] == [None] * 3
+    said = capsys.readouterr().err
+    assert said.count("not followed: ") == 1
+    assert MISTAKES[text] in said
+    assert str(path) in said
+    path.write_text("corpora: {a: 40, bee: 60}")
+    assert mix.look() == (60.0, 40.0)
+
+
+@pytest.mark.parametrize(
+    "data", [b"corpora: {a: 30, bee: 70} # caf\xe9", b"corpora: {a: 2024-13-45, bee: 1}", b"\xff\xfe\0"]
+)
+def test_what_no_mistake_was_thought_of_does_not_end_the_run_either(live, capsys, data):
+    path, mix = live
+    path.write_bytes(data)
+    assert mix.look() is None
+    assert "not followed: " in capsys.readouterr().err
+
+
+def test_a_file_that_goes_away_while_it_is_looked_at_does_not_end_the_run(live, monkeypatch, capsys):
+    """An editor moves its new file over the old one."""
+    path, mix = live
+    path.write_text("corpora: {a: 30, bee: 70}")
+    there = type(path).is_file
+
+    def gone(self):
+        found = there(self)
+        path.unlink(missing_ok=True)
+        return found
+
+    monkeypatch.setattr(type(path), "is_file", gone)
+    assert mix.look() is None

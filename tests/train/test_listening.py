@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from midasheng.data.held_out import ALIKE, KINDS, NONE, OTHER, OWN, HeldOutSet
-from midasheng.data.index import index_corpus
 from midasheng.data.manifest import read_mix
 from midasheng.data.plan import budget
 from midasheng.model import adapt
@@ -26,7 +25,7 @@ from midasheng.train.listening import ListeningTest, Paired, answer_table, paire
 from midasheng.train.meter import read_metrics
 from midasheng.train.module import StageModule, Stopped
 from midasheng.train.progress import ending
-from tests.conftest import Tiny, flac, order_for, record, run_stage, tone, write_shard
+from tests.conftest import Tiny, flac, open_index, order_for, record, run_stage, tone, training_records, write_shard
 from tests.model import tiny_lm
 from tests.train.test_resume import stop_after
 
@@ -109,7 +108,7 @@ def held_out_sets(tiny: Tiny, chat, mixes=SETS, most: int = 6) -> list[HeldOutSe
     sets = []
     for mix in mixes:
         read = read_mix(mix, tiny.manifests)
-        corpora = [index_corpus(c, tiny.shards, chat, 30.0, "told" if mix == "text" else "heard") for c in read.cards]
+        corpora = [open_index(c, tiny.shards, chat, clips="told" if mix == "text" else "heard") for c in read.cards]
         shape = budget(
             corpora, read.percent, kind="report", clips_per_step=6, packs_per_step=2, pack_slots=0, pack_frames=0
         )
@@ -505,8 +504,8 @@ def forward_that(costs: Callable[[str, int | None], float]) -> Callable[[AudioLM
 
 def test_a_stage_that_listens_passes(tiny, chat, tmp_path, monkeypatch):
     card = read_mix("align", tiny.manifests).cards[0]
-    index = index_corpus(card, tiny.shards, chat, 30.0)
-    own = {r.key: r.n_samples for r in (*index.train, *index.held_out)}
+    index = open_index(card, tiny.shards, chat)
+    own = {r.key: r.n_samples for r in (*training_records(index), *index.held_out)}
     monkeypatch.setattr(AudioLM, "forward", forward_that(lambda key, clip: 0 if clip == own[key] else 2 if clip else 5))
     folder, out = told("stage1_align", tiny, tmp_path)
     assert "WARNING" not in out

@@ -2,21 +2,41 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
+from midasheng.config import ConfigError
+from midasheng.data import plan as plan_room
+from midasheng.data.ledger import frames_of, read_ledger
+from midasheng.data.loader import steps_ahead
+from midasheng.data.room import read_data
 from midasheng.train import fit as fit_room
 from midasheng.train import order as order_room
 from midasheng.train.meter import read_metrics
 from midasheng.train.module import NotFinite, StageModule, Stopped
-from tests.conftest import order_for, run_stage
+from tests.conftest import (
+    Row,
+    Tiny,
+    flac,
+    ledger_rows,
+    order_for,
+    record,
+    run_stage,
+    tone,
+    trained_keys,
+    write_shard,
+)
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -33,13 +53,26 @@ def stop_after(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
     monkeypatch.setattr(StageModule, "training_step", pressed)
 
 
-def ledger(folder: Path) -> list[dict]:
-    return [json.loads(line) for line in (folder / "ledger" / "rank0.jsonl").read_text().splitlines()]
+def stopped_run(tiny: Tiny, runs: Path, monkeypatch: pytest.MonkeyPatch, step: int, **more: object) -> None:
+    with monkeypatch.context() as patch:
+        stop_after(patch, step)
+        with pytest.raises(Stopped):
+            run_stage("stage1_align", tiny, runs, **more)
+
+
+def ledger(folder: Path) -> list[tuple[int, int, list[list[int]]]]:
+    """(step, checksum of the keys, rows in their order) of a run of one process, whatever frames they lie in."""
+    found = []
+    for steps in read_ledger(folder):
+        parts = np.split(steps.rows, np.cumsum(steps.samples)[:-1])
+        found += zip(steps.step.tolist(), steps.checksum.tolist(), (p.tolist() for p in parts), strict=True)
+    return found
 
 
 def same_run(one: Path, other: Path) -> None:
     assert read_metrics(one / "metrics.jsonl") == read_metrics(other / "metrics.jsonl")
     assert ledger(one) == ledger(other)
+    assert ledger(one)
     for file in ("weights/model.safetensors", "weights/adapter/adapter_model.safetensors"):
         if (one / file).exists():
             a, b = load_file(one / file), load_file(other / file)
@@ -61,7 +94,7 @@ def test_interrupted_equals_unbroken_bit_for_bit(tiny, tmp_path, monkeypatch, wo
                 run_stage("stage2_pretrain", tiny, tmp_path / "parts", **more)
     parts = run_stage("stage2_pretrain", tiny, tmp_path / "parts", **more)
     same_run(unbroken, parts)
-    assert [line["step"] for line in ledger(parts)] == list(range(9))
+    assert [step for step, *_ in ledger(parts)] == list(range(9))
 
 
 def test_killed_after_training_before_the_hand_off(tiny, tmp_path, monkeypatch):
@@ -105,13 +138,14 @@ def test_killed_before_the_first_checkpoint_begins_anew(tiny, tmp_path, monkeypa
 
 def test_a_resume_in_another_plan_is_refused(tiny, tmp_path, monkeypatch):
     """The data changed under a run that was stopped: going on would repeat and skip samples."""
-    stop_after(monkeypatch, 1)
-    with pytest.raises(Stopped):
-        run_stage("stage1_align", tiny, tmp_path)
-    fingerprint = fit_room.Planner.fingerprint
-    monkeypatch.setattr(fit_room.Planner, "fingerprint", lambda self: fingerprint(self) + "other")
-    with pytest.raises(ValueError, match="other data"):
-        run_stage("stage1_align", tiny, tmp_path)
+    shards = tmp_path / "shards"
+    shutil.copytree(tiny.shards, shards, ignore=shutil.ignore_patterns(".index"))
+    stopped_run(tiny, tmp_path, monkeypatch, 1, data__root=shards)
+    write_shard(shards / "tiny-000002.tar", [("new", flac(tone(1.0, 99)), record(60))])
+    with pytest.raises(ConfigError, match=r"other data: .*index: the records, shards or token counts of tiny_caption"):
+        run_stage("stage1_align", tiny, tmp_path, data__root=shards)
+    (shards / "tiny-000002.tar").unlink()
+    run_stage("stage1_align", tiny, tmp_path, data__root=shards)  # nothing was spoilt by the refusal
 
 
 def test_a_checkpoint_that_is_there_is_used(tiny, tmp_path, monkeypatch, capsys):
@@ -135,10 +169,8 @@ def test_nan_stops_the_run_and_names_the_sample(tiny, tmp_path, monkeypatch):
         bad = torch.tensor([float("nan") if k == target else 0.0 for k in (*pack.keys, "tail")][: len(loss_S)])
         return loss_S + bad
 
-    target = json.loads(
-        (run_stage("stage1_align", tiny, tmp_path / "look") / "ledger/rank0.jsonl").read_text().splitlines()[1]
-    )
-    target = target["keys"][0].split("/")[1]
+    look = run_stage("stage1_align", tiny, tmp_path / "look")
+    target = trained_keys(look, order_for("stage1_align", tiny, tmp_path / "look"))[1][0].split("/")[1]
     monkeypatch.setattr(AudioLM, "forward", poisoned)
     with pytest.raises(NotFinite, match=target):
         run_stage("stage1_align", tiny, tmp_path / "run")
@@ -194,29 +226,334 @@ def test_two_processes_are_the_same_run_as_one(tiny, tmp_path):
         assert a.get("grad_norm", 0) == pytest.approx(b.get("grad_norm", 0), rel=1e-4)
         for kind in ("listening", "alike", "text_only"):
             assert (a.get(kind) or {}) == pytest.approx(b.get(kind) or {}, rel=1e-3, abs=1e-4)
-    trained = [json.loads(line) for r in (0, 1) for line in (two / f"ledger/rank{r}.jsonl").read_text().splitlines()]
-    for line in ledger(one):
-        both = [k for t in trained if t["step"] == line["step"] for k in t["keys"]]
-        assert sorted(both) == sorted(line["keys"])
+    assert ledger_rows(two) == ledger_rows(one)
+    assert {p.name for p in (two / "ledger").iterdir()} == {"rank0.bin", "rank1.bin", "states.jsonl"}
     a, b = load_file(one / "weights/model.safetensors"), load_file(two / "weights/model.safetensors")
     assert max(float((a[n].float() - b[n].float()).abs().max()) for n in a) < 1e-4
 
 
+PATCHED = """
+import os, sys
+from midasheng.data import plan
+from midasheng.train import fit
+from midasheng.train.module import StageModule
+from stages.stage1_align import contract
+{patch}
+sys.exit(fit.run_stage("configs/stage1_align.yaml", contract))
+"""
+STOPS = """
+training_step = StageModule.training_step
+def pressed(self, batch, batch_idx):
+    self.stop.requested = batch.step == {step} and self.trainer.global_rank == 1
+    training_step(self, batch, batch_idx)
+StageModule.training_step = pressed
+"""
+OTHER_PLAN = """
+train = fit.train
+def other(order, data, planner, *rest):
+    planner.seed += os.environ.get("LOCAL_RANK") == "1"
+    train(order, data, planner, *rest)
+fit.train = other
+"""
+SMALL_BLOCKS = "plan.BLOCK, plan.WINDOW = 64, 32"
+
+
+def on_two(folder: Path, tiny: Tiny, patch: str = "", **more: object) -> subprocess.CompletedProcess[str]:
+    """Stage 1 on two processes; `patch` is run in both before it."""
+    script = folder / "stage1.py"
+    script.write_text(PATCHED.format(patch=patch))
+    settings = [f"{k.replace('__', '.')}={v}" for k, v in more.items()]
+    return subprocess.run(
+        [sys.executable, str(script), "--runs", str(folder), *tiny.settings(), *settings, "hardware.devices=2"],
+        cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+        env=os.environ | {"HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+
+
 def test_world_size_two_resumes_a_run_of_one(tiny, tmp_path, monkeypatch):
-    """Another number of processes goes on with exactly the same samples."""
-    more = {"optim__name": "adamw"}
+    """Another number of processes, and one again, goes on with exactly the same samples in the same steps."""
+    more = {"optim__name": "adamw", "run__length": "7 steps"}
     one = run_stage("stage1_align", tiny, tmp_path / "one", **more)
     with monkeypatch.context() as patch:
         stop_after(patch, 1)
         with pytest.raises(Stopped):
             run_stage("stage1_align", tiny, tmp_path / "two", **more)
-    args = [*command("stage1_align", tiny, tmp_path / "two"), "optim.name=adamw", "hardware.devices=2"]
-    done = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = on_two(tmp_path / "two", tiny, STOPS.format(step=4), **more)
+    assert done.returncode == 130, done.stdout + done.stderr
+    assert "resuming at step 2 of 7" in done.stdout
     two = tmp_path / "two/mini/stage1_align"
+    assert list(ledger_rows(two)) == [0, 1, 2, 3, 4]
+    run_stage("stage1_align", tiny, tmp_path / "two", **more)
+    assert ledger_rows(two) == ledger_rows(one)
+    assert [len(list(frames_of(two / f"ledger/rank{rank}.bin"))) for rank in (0, 1)] == [5, 2]
     for a, b in zip(read_metrics(one / "metrics.jsonl"), read_metrics(two / "metrics.jsonl"), strict=True):
         assert (a["step"], a["targets"]) == (b["step"], b["targets"])
         assert a.get("loss", a.get("val_loss")) == pytest.approx(b.get("loss", b.get("val_loss")), rel=1e-5)
+
+
+def test_ranks_on_different_plans_end_the_run(tiny, tmp_path):
+    """Samples twice and others never, and nothing else would notice: every loss is finite."""
+    done = on_two(tmp_path, tiny, OTHER_PLAN)
+    assert done.returncode not in (0, 2, 130)
+    assert "AssertionError: step 0: rank 0 trains on another plan than others" in done.stderr
+    assert not (tmp_path / "mini/stage1_align/checkpoints/last.ckpt").exists()
+
+
+# -- a mix that changes while the run goes on ---------------------------------------------------------------------------
+
+
+LIVE = {
+    "data__mix": "pretrain", "run__length": "40 steps", "log__val_every": 100, "log__checkpoint_every": 8,
+    "data__val_clips": 1,
+}  # fmt: skip
+SHARES = {"tiny_asr": 0.0, "tiny_caption": 100.0}
+
+
+@pytest.fixture
+def small_blocks(monkeypatch) -> None:
+    """A change of the mix shows after ten steps instead of two hundred."""
+    monkeypatch.setattr(plan_room, "BLOCK", 64)
+    monkeypatch.setattr(plan_room, "WINDOW", 32)
+
+
+def write_mix(monkeypatch: pytest.MonkeyPatch, texts: dict[int, str]) -> None:
+    """As if the user wrote mix.yaml into the run folder while step N (from 0) runs."""
+    training_step = StageModule.training_step
+
+    def written(self, batch, batch_idx):
+        if batch.step in texts:
+            (self.run / "mix.yaml").write_text(texts[batch.step])
+        training_step(self, batch, batch_idx)
+
+    monkeypatch.setattr(StageModule, "training_step", written)
+
+
+def events(folder: Path) -> list[dict]:
+    path = folder / "events.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def planned(order, steps: int, *changes: tuple[int, tuple[float, ...]], restart: int = 0) -> dict[int, list[Row]]:
+    """Step -> rows of the plan by itself, as `ledger_rows`."""
+    planner = read_data(order.stage, make=False).planner(order.stage.run.seed)
+    if restart:
+        planner.restart(restart)
+    for change in changes:
+        planner.change(*change)
+    return {
+        step.number: sorted((s.corpus, s.epoch, s.position, 1) for pack in step.packs for s in pack)
+        for step in islice(planner, steps - restart)
+    }
+
+
+def yaml_of(shares: dict[str, float]) -> str:
+    return yaml.safe_dump({"corpora": shares})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_mix_written_during_the_run_is_followed_from_the_announced_step_on(
+    tiny, tmp_path, monkeypatch, small_blocks, workers
+):
+    write_mix(monkeypatch, {5: yaml_of(SHARES)})
+    order = order_for("stage1_align", tiny, tmp_path, **LIVE)
+    folder = run_stage("stage1_align", tiny, tmp_path, **LIVE, hardware__workers=workers)
+    (event,) = events(folder)
+    assert event == {"step": 6, "event": "mix", "from_step": 6 + steps_ahead(workers, 2), "percent": SHARES}
+    found, before = ledger_rows(folder), planned(order, 40)
+    assert found == planned(order, 40, (event["from_step"], tuple(SHARES.values())))
+    changed = [n for n in found if found[n] != before[n]]
+    assert changed[0] >= event["from_step"]
+    assert {c for c, *_ in found[39]} == {1}
+    assert {c for c, *_ in before[39]} == {0, 1}
+
+
+BROKEN = (
+    "corpora: {tiny_asr: 50}", "corpora: [", "tiny_asr: 100", "corpora: {tiny_asr: 120, tiny_caption: -20}",
+    "corpora: {tiny_asr: 30, tiny_caption: 30}", "corpora: {tiny_asr: 50, tiny_captions: 50}",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("text", BROKEN)
+def test_a_mix_with_a_mistake_is_told_once_and_not_followed(tiny, tmp_path, monkeypatch, small_blocks, capsys, text):
+    """A typing error must not end a run of days."""
+    more = LIVE | {"run__length": "24 steps"}
+    write_mix(monkeypatch, {1: text})
+    order = order_for("stage1_align", tiny, tmp_path, **more)
+    folder = run_stage("stage1_align", tiny, tmp_path, **more)
+    err = capsys.readouterr().err
+    assert err.count("not followed: ") == err.count("mix.yaml") == 1
+    assert events(folder) == []
+    assert ledger_rows(folder) == planned(order, 24)
+
+
+def test_a_mended_mix_is_followed(tiny, tmp_path, monkeypatch, small_blocks):
+    write_mix(monkeypatch, {1: BROKEN[0], 3: yaml_of(SHARES)})
+    order = order_for("stage1_align", tiny, tmp_path, **LIVE)
+    folder = run_stage("stage1_align", tiny, tmp_path, **LIVE)
+    assert [e["from_step"] for e in events(folder)] == [14]
+    assert ledger_rows(folder) == planned(order, 40, (14, tuple(SHARES.values())))
+
+
+@pytest.mark.parametrize("stop", [6, 12, 25])
+def test_a_changed_mix_survives_a_resume(tiny, tmp_path, monkeypatch, small_blocks, stop):
+    """Stopped between the announcement and its step, or behind it; with mix.yaml taken away meanwhile."""
+    order = order_for("stage1_align", tiny, tmp_path, **LIVE)
+    with monkeypatch.context() as patch:
+        write_mix(patch, {5: yaml_of(SHARES)})
+        stop_after(patch, stop)
+        with pytest.raises(Stopped):
+            run_stage("stage1_align", tiny, tmp_path, **LIVE)
+    announced = events(order.folder)
+    assert [e["from_step"] for e in announced] == [16]
+    (order.folder / "mix.yaml").unlink()
+    run_stage("stage1_align", tiny, tmp_path, **LIVE)
+    assert ledger_rows(order.folder) == planned(order, 40, (16, tuple(SHARES.values())))
+    assert events(order.folder) == announced
+
+
+def test_a_resume_does_not_announce_the_same_mix_again(tiny, tmp_path, monkeypatch, small_blocks):
+    order = order_for("stage1_align", tiny, tmp_path, **LIVE)
+    with monkeypatch.context() as patch:
+        write_mix(patch, {5: yaml_of(SHARES)})
+        stop_after(patch, 25)
+        with pytest.raises(Stopped):
+            run_stage("stage1_align", tiny, tmp_path, **LIVE)
+    run_stage("stage1_align", tiny, tmp_path, **LIVE)
+    assert ledger_rows(order.folder) == planned(order, 40, (16, tuple(SHARES.values())))
+    assert [e["from_step"] for e in events(order.folder)] == [16]
+
+
+def test_all_ranks_follow_a_mix_from_the_same_step_on(tiny, tmp_path, monkeypatch, small_blocks):
+    """Only the first looks at the file; the others must hear of it in time."""
+    more = LIVE | {"optim__name": "adamw"}
+    order = order_for("stage1_align", tiny, tmp_path, **more)
+    with monkeypatch.context() as patch:
+        stop_after(patch, 1)
+        with pytest.raises(Stopped):
+            run_stage("stage1_align", tiny, tmp_path, **more)
+    (order.folder / "mix.yaml").write_text(yaml_of(SHARES))
+    done = on_two(tmp_path, tiny, SMALL_BLOCKS, **more)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (event,) = events(order.folder)
+    assert event["from_step"] == 3 + steps_ahead(0, 2)
+    assert ledger_rows(order.folder) == planned(order, 40, (event["from_step"], tuple(SHARES.values())))
+
+
+# -- going on in a new order ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def owned(tiny, tmp_path) -> dict[str, Path]:
+    """Settings for shards and manifests of its own, which a test may change."""
+    shutil.copytree(tiny.shards, tmp_path / "shards", ignore=shutil.ignore_patterns(".index"))
+    shutil.copytree(tiny.manifests.parent, tmp_path / "manifests")
+    return {"data__root": tmp_path / "shards", "data__manifests": tmp_path / "manifests" / "tiny"}
+
+
+def other_seed(_: Path) -> dict[str, object]:
+    return {"run__seed": 7}
+
+
+def other_mix(folder: Path) -> dict[str, object]:
+    (folder / "manifests/tiny/pretrain.yaml").write_text(yaml_of({"tiny_asr": 20, "tiny_caption": 80}))
+    return {}
+
+
+def more_data(folder: Path) -> dict[str, object]:
+    members = [(f"new{n}", flac(tone(1.0, n)), record(n)) for n in range(50, 60)]
+    write_shard(folder / "shards/tiny-000002.tar", members)
+    return {}
+
+
+def other_packs(_: Path) -> dict[str, object]:
+    return {"batch__packs_per_step": 3}
+
+
+CHANGES = [
+    pytest.param(other_seed, r"run.seed = 0, this one has 7", "seed was 0 and is 7", id="seed"),
+    pytest.param(other_mix, r"other data: mix was .*60.* and is .*20.*on_change=restart_plan", "mix was", id="mix"),
+    pytest.param(
+        more_data, r"other data: .*index: the records, shards .* of tiny_asr", "index: the records", id="data"
+    ),
+    pytest.param(other_packs, r"batch.packs_per_step = 2, this one has 3", "budget was", id="packs"),
+]
+RESTART = {"data__mix": "pretrain", "run__length": "8 steps"}
+
+
+@pytest.mark.parametrize(("change", "refusal", "because"), CHANGES)
+def test_going_on_in_a_new_order_when_asked_for(tiny, tmp_path, monkeypatch, owned, change, refusal, because):
+    """Refused without data.on_change. With it: weights and optimizer go on, the old ledger is put aside, and the new
+    order is exact over the next resume too."""
+    runs, more = tmp_path / "runs", RESTART | owned
+    before = order_for("stage1_align", tiny, runs, **more)
+    stopped_run(tiny, runs, monkeypatch, 2, **more)
+    old = planned(before, 3)
+    saved = torch.load(before.folder / "checkpoints/last.ckpt", weights_only=True)
+    more |= change(tmp_path)
+    with pytest.raises(ConfigError, match=refusal):
+        run_stage("stage1_align", tiny, runs, **more)
+    seen = []
+    training_step = StageModule.training_step
+
+    def watched(self, batch, batch_idx):
+        if not seen:
+            state = self.optimizers().optimizer.state_dict()["state"]
+            seen.append((batch.step, {n: t.clone() for n, t in self.state_dict().items()}, dict(state)))
+            assert {int(s["step"]) for s in state.values()} == {3}
+            assert state.keys() == saved["optimizer_states"][0]["state"].keys()
+        training_step(self, batch, batch_idx)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageModule, "training_step", watched)
+        stopped_run(tiny, runs, patch, 5, **more, data__on_change="restart_plan")
+    step, weights, _ = seen[0]
+    assert step == 3
+    assert weights.keys() == saved["state_dict"].keys()
+    assert all(torch.equal(weights[n], t) for n, t in saved["state_dict"].items())
+    order = order_for("stage1_align", tiny, runs, **more)
+    folder = run_stage("stage1_align", tiny, runs, **more)  # the new order is now the run's own
+    assert ledger_rows(folder) == planned(order, 8, restart=3)
+    assert list(ledger_rows(folder)) == [3, 4, 5, 6, 7]
+    aside = folder / "ledger.until-step-3"
+    assert {p.name for p in aside.iterdir()} == {"rank0.bin", "states.jsonl"}
+    (tmp_path / "look").mkdir()
+    shutil.copytree(aside, tmp_path / "look/ledger")
+    assert ledger_rows(tmp_path / "look") == old
+    (event,) = events(folder)
+    assert (event["step"], event["event"]) == (3, "plan restarted")
+    assert because in event["because"]
+    assert [r["step"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r] == list(range(1, 9))
+
+
+def test_a_new_order_is_another_one(tiny, tmp_path, owned):
+    """Restarted without another seed it would bring the same samples once more first."""
+    order = order_for("stage1_align", tiny, tmp_path, **RESTART, **owned)
+    read_data(order.stage, make=True)
+    again, old = planned(order, 8, restart=3), planned(order, 8)
+    assert [again[n] for n in range(3, 8)] != [old[n] for n in range(5)]
+    assert all(again[n] != old[n] for n in range(3, 8))
+
+
+def test_a_new_order_that_was_killed_before_its_first_checkpoint_begins_again(tiny, tmp_path, monkeypatch, owned):
+    runs, more = tmp_path / "runs", RESTART | owned
+    stopped_run(tiny, runs, monkeypatch, 2, **more)
+    more |= {"run__seed": 7, "data__on_change": "restart_plan"}
+    with monkeypatch.context() as patch:
+        patch.setattr(StageModule, "training_step", lambda *_: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            run_stage("stage1_align", tiny, runs, **more)
+    folder = run_stage("stage1_align", tiny, runs, **more)
+    assert ledger_rows(folder) == planned(order_for("stage1_align", tiny, runs, **more), 8, restart=3)
+
+
+def test_a_new_order_may_have_other_corpora(tiny, tmp_path, monkeypatch, owned):
+    runs, more = tmp_path / "runs", RESTART | owned | {"log__every": 2}
+    stopped_run(tiny, runs, monkeypatch, 2, **more)
+    more |= {"data__mix": "align", "data__on_change": "restart_plan"}
+    folder = run_stage("stage1_align", tiny, runs, **more)
+    assert ledger_rows(folder) == planned(order_for("stage1_align", tiny, runs, **more), 8, restart=3)
+    rows = [r for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
+    assert rows[-1]["corpora"].keys() == {"tiny_caption"}
 
 
 def test_order_for_is_what_the_command_line_gives(tiny, tmp_path):

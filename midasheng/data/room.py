@@ -1,0 +1,105 @@
+"""All that is known of a stage's data before a model exists: mix, tokenizer, indexes, budget, length, held-out sets."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from midasheng.config import ConfigError, Stage
+from midasheng.data.chat import Chat
+from midasheng.data.held_out import HeldOutSet
+from midasheng.data.index import CorpusIndex, ShardError, index_folder, open_corpus
+from midasheng.data.manifest import Card, ManifestError, Mix, read_mix
+from midasheng.data.plan import Budget, Planner, budget, check_fits, steps_of
+from midasheng.data.shard import Reading
+
+
+@dataclass(frozen=True)
+class Course:
+    """How long a run is: steps in all, and of warm-up."""
+
+    steps: int
+    warmup: int
+
+
+@dataclass(frozen=True)
+class DataRoom:
+    """Everything a stage needs of its data."""
+
+    mix: Mix
+    chat: Chat
+    corpora: tuple[CorpusIndex, ...]
+    budget: Budget
+    course: Course
+    held_out: tuple[HeldOutSet, ...]  # of the mix, then of data.also
+
+    def planner(self, seed: int) -> Planner:
+        """A planner at step 0."""
+        return Planner(self.corpora, self.mix.percent, self.budget, seed)
+
+
+def open_chat(stage: Stage) -> Chat:
+    """The stage's tokenizer. Raises UserError."""
+    t = stage.tokenizer
+    return Chat(t.path, t.audio_bos, t.audio, t.audio_eos)
+
+
+def open_corpora(stage: Stage, chat: Chat, cards: Sequence[Card], *, make: bool) -> tuple[CorpusIndex, ...]:
+    """The index of each corpus; `make` what is missing of it. Raises UserError."""
+    d = stage.data
+    folder = index_folder(d.index, d.root)
+    return tuple(
+        open_corpus(
+            Reading(card, chat, d.clips, d.decode_share), d.root, folder, d.max_audio_s, make=make,
+            workers=stage.hardware.workers,
+        )
+        for card in cards
+    )  # fmt: skip
+
+
+def _check(corpora: Sequence[CorpusIndex], damaged: str, *, trains: bool) -> None:
+    """Raises ShardError for damaged shards (unless data.damaged says keep), and where `trains` ManifestError for a
+    corpus without a record to train on."""
+    for corpus in corpora:
+        damage = corpus.summary.damage
+        if damage and damaged != "keep":
+            more = f" and {len(damage) - 1} more (`make index` lists them)" if len(damage) > 1 else ""
+            raise ShardError(
+                f"corpus {corpus.card.name}: {damage[0]}{more}; copy or write the shard again, take it away, or train "
+                "on what is whole in it with data.damaged=keep"
+            )
+        if trains and not len(corpus):
+            reasons = corpus.summary.reasons
+            raise ManifestError(f"corpus {corpus.card.name}: no record can be trained on (left out: {reasons})")
+
+
+def read_data(stage: Stage, *, make: bool) -> DataRoom:
+    """Read mix, cards, shards and tokenizer; `make` what is missing of the index. Raises UserError."""
+    d, b, manifests = stage.data, stage.batch, Path(stage.data.manifests)
+    mix, chat = read_mix(d.mix, manifests), open_chat(stage)
+    corpora = open_corpora(stage, chat, mix.cards, make=make)
+    also = {name: open_corpora(stage, chat, read_mix(name, manifests).cards, make=make) for name in d.also}
+    _check(corpora, d.damaged, trains=True)
+    for others in also.values():
+        _check(others, d.damaged, trains=False)
+    shape = budget(
+        corpora, mix.percent, kind=b.kind, clips_per_step=b.clips_per_step, packs_per_step=b.packs_per_step,
+        pack_slots=b.pack_slots, pack_frames=b.pack_frames,
+    )  # fmt: skip
+
+    def planner() -> Planner:
+        return Planner(corpora, mix.percent, shape, stage.run.seed)
+
+    check_fits(planner())
+    length = max(1, steps_of(stage.run.length, "run.length", planner()))
+    course = Course(length, steps_of(stage.run.warmup, "run.warmup", planner()))
+    if course.warmup >= course.steps:
+        raise ConfigError(
+            f"run.warmup: {course.warmup} steps of warm-up in a run of {course.steps} steps "
+            f"(run.length: {stage.run.length}); lower it, or raise run.length"
+        )
+    held_out = tuple(
+        HeldOutSet(name, asked, chat, shape, d.val_clips) for name, asked in ((mix.name, corpora), *also.items())
+    )
+    return DataRoom(mix, chat, corpora, shape, course, held_out)
