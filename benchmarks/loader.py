@@ -25,7 +25,7 @@ import webdataset
 from midasheng import config
 from midasheng.data.audio import decode, planned_samples
 from midasheng.data.index import open_corpus
-from midasheng.data.loader import conversation, train_loader
+from midasheng.data.loader import conversation, keep_freed_memory, train_loader
 from midasheng.data.manifest import conversations
 from midasheng.data.plan import Budget, mean_cost
 from midasheng.data.room import DataRoom, read_data
@@ -135,6 +135,7 @@ def memory(data: DataRoom, clips: int) -> None:
 def main() -> None:
     """Measure and print."""
     torch.set_num_threads(1)
+    keep_freed_memory()  # as in a worker
     data = read_data(config.load(Path("configs/stage1_align.yaml"), "mini", SETTINGS).stage, make=True)
     compare(data)
     with tempfile.TemporaryDirectory() as folder:
