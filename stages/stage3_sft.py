@@ -10,9 +10,9 @@ from midasheng.train.fit import run_stage
 from midasheng.train.order import require, trains
 
 
-def contract(stage: Stage) -> None:
+def contract(stage: Stage, name: str = "stage3_sft") -> None:
     """What must hold for this to be stage 3."""
-    require(stage.name == "stage3_sft", f"name: {stage.name!r} is not stage 3; CONFIG= must be a stage 3 file")
+    require(stage.name == name, f"name: {stage.name!r} is not {name}; CONFIG= must be a file of that stage")
     require(
         not trains(stage, "decoder"),
         "train: the decoder is frozen in stage 3; drop decoder.* and adapt it by lora",

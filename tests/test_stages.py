@@ -15,7 +15,7 @@ from midasheng.data.room import read_data
 from midasheng.model.weights import sha256_file
 from midasheng.train.fit import run_stage as main
 from midasheng.train.meter import read_metrics
-from stages import stage1_align, stage2_pretrain, stage3_sft, text_decoder
+from stages import finetune, stage1_align, stage2_pretrain, stage3_sft, text_decoder
 from tests.conftest import (
     CONFIGS,
     Tiny,
@@ -72,6 +72,11 @@ def refused(capsys, status: int, *words: str) -> None:
 @pytest.mark.parametrize(
     ("more", "words"),
     [
+        ({"start": "[{from: '', take: ['decoder.*']}]"}, ["start[0].from is empty", "weights.encoder=PATH"]),
+        (
+            {"data__without": "[tiny_captoin]"},
+            ["data.without: `tiny_captoin` names no corpus of align", "tiny_caption"],
+        ),
         ({"lora__targts": "[q_proj]"}, ["lora.targts", "did you mean `lora.targets`"]),
         ({"lora__targets": "[query]"}, ["lora.targets: `query`", "q_proj", "down_proj", "all-linear"]),
         ({"train": "[audio_encodr.*]"}, ["add audio_encoder.*"]),
@@ -387,6 +392,100 @@ def test_lora_targets_are_swapped_by_one_setting(tiny, runs):
     adapter = json.loads((runs / "mini/qkvo/weights/adapter/adapter_config.json").read_text())
     assert {t.rsplit(".", 1)[1] for t in adapter["target_modules"]} == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert "LoRA o_proj" in (runs / "mini/qkvo/trainable.txt").read_text()
+
+
+def finetuned(tiny: Tiny, runs: Path, monkeypatch, *argv: str, **more: object) -> int:
+    """`make finetune` without make, in a folder of its own: the exit status."""
+    here = runs.parent
+    if not (here / "configs").exists():
+        (here / "configs").symlink_to(CONFIGS)
+    monkeypatch.chdir(here)
+    ours = ("data.root", "data.manifests")  # the command's own
+    settings = [s for s in tiny.settings(**more) if not s.startswith(ours)]
+    monkeypatch.setattr("sys.argv", ["finetune", "--runs", str(runs), *argv, *settings])
+    return finetune.main()
+
+
+def write_table(folder: Path, rows: int = 24) -> Path:
+    """A CSV of tones with a question about each, and a file that is not there."""
+    folder.mkdir()
+    lines = ["audio,question,answer"]
+    for n in range(rows):
+        (folder / f"{n}.flac").write_bytes(flac(tone(0.3 + 0.02 * n, n)))
+        lines.append(f"{n}.flac,Is the number even?,{'no' if n % 2 else 'yes'}")
+    (folder / "mine.csv").write_text("\n".join([*lines, "nowhere.flac,Is it?,yes"]) + "\n", encoding="utf-8")
+    return folder / "mine.csv"
+
+
+def test_from_a_table_to_a_tuned_model(tiny, runs, monkeypatch, capsys):
+    """Every row is trained on, held out, or named; the model comes from stage 2 and has learned."""
+    run_stage("stage2_pretrain", tiny, runs)
+    table = write_table(runs.parent / "files")
+    more = {"run__length": "3 epochs", "run__warmup": "1 steps"}
+    assert finetuned(tiny, runs, monkeypatch, "--data", str(table), **more) == 0
+    assert "25 rows: 24 written, 1 dropped" in capsys.readouterr().out
+    folder = runs / "mini" / "finetune"
+    stage = json.loads((folder / "weights" / "stage.json").read_text())
+    assert [p["from"] for p in stage["parents"]] == [str(runs / "mini" / "stage2_pretrain" / "weights")]
+    order = order_for(
+        "finetune", tiny, runs, data__root="data/mine/shards", data__manifests="data/mine/manifests", data__mix="mine",
+        **more,
+    )  # fmt: skip
+    trained = {key for keys in trained_keys(folder, order).values() for key in keys}
+    held_out = {f"mine/{r.key}" for r in read_data(order.stage, make=False).corpora[0].held_out}
+    assert len(trained | held_out) == 24
+    assert held_out
+    assert not trained & held_out
+    losses = [row["val_loss"] for row in read_metrics(folder / "metrics.jsonl") if "val_loss" in row]
+    assert losses[-1] < losses[0]
+    # a second command takes up the finished shards, and what make prepare made is taken as it is
+    before = {p.name: p.read_bytes() for p in Path("data/mine/shards").glob("*.tar")}
+    again = ("--data", "data/mine", "--name", "again")
+    assert finetuned(tiny, runs, monkeypatch, *again, **more | {"run__length": "2 steps"}) == 0
+    assert before == {p.name: p.read_bytes() for p in Path("data/mine/shards").glob("*.tar")}
+    assert finetuned(tiny, runs, monkeypatch, "--data", str(table), **more) == 0  # finished: nothing to do
+    # --from: another run of stage 2, or one that was fine-tuned already
+    shutil.copytree(runs / "mini" / "stage2_pretrain", runs / "mini" / "two")
+    for origin in ("two", "again"):
+        named = ("--data", "data/mine", "--name", f"after_{origin}", "--from", origin)
+        assert finetuned(tiny, runs, monkeypatch, *named, run__length="2 steps") == 0
+        stage = json.loads((runs / "mini" / f"after_{origin}" / "weights" / "stage.json").read_text())
+        parents = [(p["from"], p["take"]) for p in stage["parents"]]
+        assert parents == [(str(runs / "mini" / origin / "weights"), ["*"])]
+
+
+def test_finetuning_refuses_what_stage_3_refuses(tiny, runs, monkeypatch, capsys):
+    table = write_table(runs.parent / "files")
+    status = finetuned(tiny, runs, monkeypatch, "--data", str(table))
+    refused(capsys, status, "stage2_pretrain", "make stage2")
+    run_stage("stage2_pretrain", tiny, runs)
+    refused(capsys, finetuned(tiny, runs, monkeypatch, "--data", str(table), lora__targets="[]"), "lora.targets")
+    decoder = finetuned(tiny, runs, monkeypatch, "--data", str(table), train="[decoder.*]")
+    refused(capsys, decoder, "the decoder is frozen")
+    refused(capsys, finetuned(tiny, runs, monkeypatch, "--data", "nothing.csv"), "nothing.csv is not there")
+    other = table.with_name("other.csv")
+    other.write_text("audio,answer\n" + "".join(f"{n}.flac,{n}\n" for n in range(24)))
+    refused(capsys, finetuned(tiny, runs, monkeypatch, "--data", str(other)), "say what to ask", "PROMPT=")
+    more = {"run__length": "2 steps"}
+    assert finetuned(tiny, runs, monkeypatch, "--data", str(other), "--prompt", "Which?", **more) == 0  # mended
+    assert yaml.safe_load(Path("data/other/corpora/other.yaml").read_text())["prompts"] == ["Which?"]
+
+
+def test_finetuning_prepares_once_and_as_it_is_told(tiny, runs, monkeypatch, capsys):
+    """TASK and COLUMNS reach it; of several ranks the first one alone writes; Ctrl-C is no traceback."""
+    table = write_table(runs.parent / "files").with_name("said.csv")
+    table.write_text("sound,answer\n" + "".join(f"{n}.flac,tone {n}\n" for n in range(24)))
+    said = ("--data", str(table), "--task", "caption", "--columns", "audio=sound")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    refused(capsys, finetuned(tiny, runs, monkeypatch, *said), "preparing was not finished")
+    assert not Path("data/said").exists()
+    monkeypatch.delenv("LOCAL_RANK")
+    with monkeypatch.context() as patched:
+        patched.setattr(finetune, "ordered", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert finetuned(tiny, runs, monkeypatch, *said) == 130
+    assert "the same command goes on" in capsys.readouterr().err
+    refused(capsys, finetuned(tiny, runs, monkeypatch, *said), "there is no run")  # prepared, but no stage 2
+    assert yaml.safe_load(Path("data/said/corpora/said.yaml").read_text())["task"] == "caption"
 
 
 def test_ablations_run(tiny, tmp_path):

@@ -14,7 +14,7 @@ from midasheng.curate.mini import FINISHED, VALIDATION_SHARE, Raw, build, finish
 from midasheng.curate.shards import Clip, split_of
 from midasheng.data.manifest import read_card
 from midasheng.sample import unit_hash
-from stages.prepare import CARDS
+from stages.data import CARDS
 from tests.curate import make_source, tone
 
 SENTENCES = [f"Please press {n} to hear message number {n}." for n in range(10, 60)]

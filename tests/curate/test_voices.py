@@ -7,7 +7,7 @@ from midasheng.config import UserError
 from midasheng.curate import voices
 from midasheng.curate.shards import Clip, split_of
 from midasheng.data.manifest import read_card
-from stages.prepare import CARDS
+from stages.data import CARDS
 from tests.curate import tone
 
 
