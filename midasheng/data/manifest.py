@@ -7,6 +7,7 @@ import difflib
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -35,15 +36,19 @@ class Card:
     """One corpus: where its shards are and how a record becomes a conversation.
 
     Either `prompts` and `answer` (a JSON field: a string, or a list with one variant each; {field} in a prompt is
-    filled from the record's JSON), or `pairs` (a JSON field: a list of {question, answer}).
+    filled from the record's JSON), or `pairs` (a JSON field: a list of {question, answer}), which `prompts` may wrap:
+    "{question} Answer with 1-2 sentences". A corpus with `parts` goes into a mix part by part, as NAME.PART.
     """
 
     name: str
     task: str
     shards: str  # relative to the data root, or a URL; {000..127} and * as webdataset and the shell read them
     licence: str
+    dataset: str = ""  # what the report calls it; several cards may be one dataset, a task each
     languages: list[str] = dataclasses.field(default_factory=list)
     hours: float = 0.0
+    n_pairs: int = 0  # of questions and answers, where the report counts them instead of hours
+    parts: dict[str, float] = dataclasses.field(default_factory=dict)  # part -> hours (0: not known), <part> in shards
     homepage: str = "unknown"
     audio: bool = True  # False: text only, the conversation holds no clip
     context: str = ""  # what stands for the clip in text pretraining (data.clips=told); {field} as in prompts
@@ -53,6 +58,7 @@ class Card:
     pairs: str = ""
     answers: str = "one"  # of a record's prompts, answers or pairs: `one` a visit, or `all` together in one pack
     held_out: HeldOut | None = None
+    exclude: list[str] = dataclasses.field(default_factory=list)  # files of keys or sources never used, beside the card
 
 
 @dataclass(frozen=True)
@@ -63,6 +69,7 @@ class Mix:
     cards: tuple[Card, ...]
     percent: tuple[float, ...]
     notes: tuple[str, ...] = ()  # what was done to it on reading, to be printed
+    left_out: tuple[str, ...] = ()  # corpora that were asked to be
 
 
 def conversations(card: Card, content: dict[str, Any], where: str, clips: str = HEARD) -> list[tuple[Turn, ...]]:
@@ -74,23 +81,28 @@ def conversations(card: Card, content: dict[str, Any], where: str, clips: str = 
             raise ManifestError(f"{where}: card {card.name} asks for JSON field `{field}`; there are {sorted(content)}")
         return content[field]
 
-    def filled(template: str) -> str:
+    def filled(template: str, values: dict[str, Any]) -> str:
         try:
-            return template.format_map(content)
+            return template.format_map(values)
         except KeyError as error:
             raise ManifestError(f"{where}: a prompt of {card.name} asks for JSON field {error}") from None
         except ValueError as error:
             raise ManifestError(f"{where}: a prompt of {card.name}: {error}; a brace itself is written twice") from None
 
     if card.pairs:
+        pairs = wanted(card.pairs)
         try:
-            asked = [(str(p["question"]), str(p["answer"])) for p in wanted(card.pairs)]
+            asked = [(str(p["question"]), str(p["answer"])) for p in pairs]
+            if card.prompts:
+                asked = [
+                    (filled(t, content | p), a) for p, (_, a) in zip(pairs, asked, strict=True) for t in card.prompts
+                ]
         except (KeyError, TypeError):
             raise ManifestError(f"{where}: `{card.pairs}` is no list of {{question, answer}}") from None
     else:
         answers = wanted(card.answer)
         answers = answers if isinstance(answers, list) else [answers]
-        asked = [(filled(p), str(a)) for p in card.prompts for a in answers if a]
+        asked = [(filled(p, content), str(a)) for p in card.prompts for a in answers if a]
     if not asked:
         raise Skip("no text")
     heard = int(card.audio and clips == HEARD)
@@ -98,7 +110,7 @@ def conversations(card: Card, content: dict[str, Any], where: str, clips: str = 
         (Turn("user", question, clips=heard), Turn("assistant", answer)) for question, answer in asked
     ]
     if clips == TOLD and card.context:  # twice, so that the plan draws two of three with the words
-        words = filled(card.context)
+        words = filled(card.context, content)
         made += 2 * [(Turn("user", question, told=words), Turn("assistant", answer)) for question, answer in asked]
     return made
 
@@ -132,6 +144,8 @@ def _strict(cls: type, content: dict[str, Any], path: Path) -> Any:
 
 
 def _is(value: Any, wanted: Any) -> bool:
+    if wanted == dict[str, float]:
+        return isinstance(value, dict) and all(isinstance(k, str) and _is(v, float) for k, v in value.items())
     if wanted == list[str]:  # a bare string would be read as a list of its letters
         return isinstance(value, list) and all(isinstance(v, str) for v in value)
     if wanted in (int, float):  # YAML 1.1 takes 1e-4 for a string: it wants 1.0e-4
@@ -139,8 +153,8 @@ def _is(value: Any, wanted: Any) -> bool:
     return isinstance(value, wanted)
 
 
-def read_card(path: Path) -> Card:
-    """Read one card. Raises ManifestError."""
+def read_card(path: Path, part: str = "") -> Card:
+    """Read one card, or a part of it. Raises ManifestError."""
     content = _mapping(path)
     held_out = content.get("held_out")
     if isinstance(held_out, dict):
@@ -148,15 +162,42 @@ def read_card(path: Path) -> Card:
         if not (0 <= held_out.share <= 1 and held_out.max >= 0):
             raise ManifestError(f"{path}: held_out: share {held_out.share} lies in 0 to 1, max is not negative")
     card: Card = _strict(Card, content, path)
+    card = dataclasses.replace(card, exclude=[str(path.parent / name) for name in card.exclude])
     if card.name != path.stem:
         raise ManifestError(f"{path}: its name is `{card.name}`; a card bears the name of its file")
-    if (bool(card.prompts), bool(card.answer)) != (not card.pairs, not card.pairs):
+    if bool(card.answer) == bool(card.pairs) or (card.answer and not card.prompts):
         raise ManifestError(f"{path}: write either `prompts` and `answer`, or `pairs`")
+    if ("<part>" in card.shards) != bool(card.parts):
+        raise ManifestError(f"{path}: `parts` and <part> in `shards` belong together")
     if card.answers not in ("one", "all"):
         raise ManifestError(f"{path}: answers: {card.answers!r} is neither `one` nor `all`")
     if (card.context or card.alike) and not card.audio:
         raise ManifestError(f"{path}: `context` and `alike` are about a clip; drop them, or `audio: false`")
-    return card
+    return _part(card, part, path)
+
+
+def _part(card: Card, part: str, path: Path) -> Card:
+    """One part of a corpus as a card of its own. Raises ManifestError."""
+    if not card.parts and not part:
+        return card
+    if part not in card.parts:
+        there = ", ".join(f"{card.name}.{p}" for p in card.parts) or f"{card.name} alone"
+        raise ManifestError(f"{path}: a mix cannot name {card.name}{part and '.'}{part}; there is {there}")
+    unknown = [p for p, hours in card.parts.items() if not hours]
+    evenly = (card.hours - sum(card.parts.values())) / max(1, len(unknown))
+    return dataclasses.replace(
+        card, name=f"{card.name}.{part}", shards=card.shards.replace("<part>", part), parts={},
+        hours=card.parts[part] or evenly, languages=[part] if part in card.languages else card.languages,
+    )  # fmt: skip
+
+
+def excluded_by(card: Card) -> frozenset[str]:
+    """The keys and sources that a card's `exclude` files name, one a line. Raises ManifestError."""
+    try:
+        lines = [line for name in card.exclude for line in Path(name).read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise ManifestError(f"card {card.name}: exclude: {error}") from None
+    return frozenset(line.strip() for line in lines if line.strip())
 
 
 class MixFile:
@@ -204,8 +245,9 @@ class MixFile:
         return tuple(float(shares[c]) for c in self.corpora)
 
 
-def read_mix(name: str, manifests: Path) -> Mix:
-    """Read `manifests`/`name`.yaml and its cards from `manifests`/../corpora. Raises ManifestError."""
+def read_mix(name: str, manifests: Path, without: Sequence[str] = ()) -> Mix:
+    """Read `manifests`/`name`.yaml and its cards from `manifests`/../corpora, `without` corpora that match these globs:
+    the others of a slice share all of it, and a slice with none left shrinks the mix. Raises ManifestError."""
     path = manifests / f"{name}.yaml"
     if not path.is_file():
         there = ", ".join(sorted(p.stem for p in manifests.glob("*.yaml"))) or "none"
@@ -216,21 +258,71 @@ def read_mix(name: str, manifests: Path) -> Mix:
     corpora = content.get("corpora")
     if set(content) != {"corpora"} or not isinstance(corpora, dict) or not corpora:
         raise ManifestError(f"{path}: write `corpora:` and below it `NAME: PERCENT` lines, nothing else")
-    for corpus, percent in corpora.items():
-        if isinstance(percent, bool) or not isinstance(percent, int | float) or not percent > 0:
-            raise ManifestError(f"{path}: {corpus}: {percent!r} is no share; write a percentage above 0")
-    total = float(sum(corpora.values()))
-    notes: tuple[str, ...] = ()
-    if abs(total - 100) > 0.5:
-        raise ManifestError(f"{path}: the shares sum to {total:g} percent; they must sum to 100 (within 0.5)")
+    shares: dict[str, float] = {}
+    left_out: list[str] = []
+    whole = 0.0
+    for name_of, value in corpora.items():
+        percent, of = _line(path, str(name_of), value)
+        whole += percent
+        kept = [c for c in of if not any(fnmatchcase(c, glob) for glob in without)]
+        left_out += [c for c in of if c not in kept]
+        for corpus, share in _shared(path, str(name_of), percent, kept).items():
+            if corpus in shares:
+                raise ManifestError(f"{path}: corpus `{corpus}` stands in it twice; it has one share")
+            shares[corpus] = share
+    if abs(whole - 100) > 0.5:
+        raise ManifestError(f"{path}: the shares sum to {whole:g} percent; they must sum to 100 (within 0.5)")
+    if not shares:
+        raise ManifestError(f"{path}: data.without leaves nothing of it")
+    total = float(sum(shares.values()))
+    notes = []
+    if left_out:
+        notes.append(f"{path}: without {', '.join(left_out)}; {whole - total:.3g} of {whole:g} percent go with slices")
     if abs(total - 100) > 1e-9:
-        notes = (f"{path}: shares sum to {total:g}; scaled to 100",)
-    cards = []
-    for corpus in corpora:
-        card_path = manifests.parent / "corpora" / f"{corpus}.yaml"
-        if not card_path.is_file():
-            near = difflib.get_close_matches(str(corpus), [p.stem for p in card_path.parent.glob("*.yaml")], n=1)
-            hint = f"; did you mean `{near[0]}`?" if near else ""
-            raise ManifestError(f"{path}: corpus `{corpus}` has no card {card_path}{hint}")
-        cards.append(read_card(card_path))
-    return Mix(name, tuple(cards), tuple(100 * p / total for p in corpora.values()), notes)
+        notes.append(f"{path}: shares sum to {total:g}; scaled to 100")
+    cards = tuple(_card_of(path, corpus) for corpus in shares)
+    return Mix(name, cards, tuple(100 * p / total for p in shares.values()), tuple(notes), tuple(left_out))
+
+
+def _card_of(path: Path, corpus: str) -> Card:
+    """The card of a corpus, or part of one, that the mix at `path` names. Raises ManifestError."""
+    name, dot, part = corpus.partition(".")
+    whole = path.parent.parent / "corpora" / f"{corpus}.yaml"  # a name may hold a dot: `make prepare NAME=yodas.en`
+    if whole.is_file():
+        return read_card(whole)
+    card_path = whole.with_name(f"{name}.yaml")
+    if not card_path.is_file() or (dot and not part):
+        near = difflib.get_close_matches(name, [p.stem for p in card_path.parent.glob("*.yaml")], n=1)
+        hint = f"; did you mean `{near[0]}`?" if near else ""
+        raise ManifestError(f"{path}: corpus `{corpus}` has no card {card_path}{hint}")
+    return read_card(card_path, part)
+
+
+def _line(path: Path, name: str, value: Any) -> tuple[float, list[str]]:
+    """(percent, corpora) of one line of a mix: a corpus, or a slice {percent, of}. Raises ManifestError."""
+    of, percent = [name], value
+    if isinstance(value, dict):
+        if set(value) != {"percent", "of"} or not _is(value["of"], list[str]) or not value["of"]:
+            raise ManifestError(f"{path}: {name}: a slice is written {{percent: NUMBER, of: [corpora]}}")
+        of, percent = value["of"], value["percent"]
+    if isinstance(percent, bool) or not isinstance(percent, int | float) or not percent > 0:
+        raise ManifestError(f"{path}: {name}: {percent!r} is no share; write a percentage above 0")
+    if len(set(of)) < len(of):
+        raise ManifestError(f"{path}: {name} names a corpus twice")
+    return float(percent), of
+
+
+def _shared(path: Path, name: str, percent: float, of: Sequence[str]) -> dict[str, float]:
+    """corpus -> percent: several share by the hours of their cards, by pairs where all count these. Raises
+    ManifestError."""
+    if len(of) < 2:
+        return dict.fromkeys(of, percent)
+    cards = [_card_of(path, corpus) for corpus in of]
+    pairs = all(card.n_pairs for card in cards)
+    sizes = [card.n_pairs if pairs else card.hours for card in cards]
+    if not all(size > 0 for size in sizes):
+        unknown = ", ".join(c.name for c, size in zip(cards, sizes, strict=True) if not size > 0)
+        raise ManifestError(
+            f"{path}: {name}: {unknown} tells no hours, so it cannot share by them; give it its own line"
+        )
+    return {corpus: percent * size / sum(sizes) for corpus, size in zip(of, sizes, strict=True)}

@@ -3,20 +3,30 @@
 import pytest
 import yaml
 
-from midasheng.data.manifest import ManifestError, MixFile, read_card, read_mix
+from midasheng.data.audio import Skip
+from midasheng.data.manifest import Card, ManifestError, MixFile, conversations, read_card, read_mix
 from tests.conftest import CONFIGS
 
 MANIFESTS = CONFIGS.parent / "data_manifests"
 CARD = {"name": "a", "task": "asr", "shards": "a-*.tar", "licence": "none", "prompts": ["Write."], "answer": "text"}
+# cards for slices: of known hours, of pairs, of parts; `tongues` leaves 100 - 70 hours to the parts that tell none
+SIZED = {
+    "a": {}, "bee": {}, "long": {"hours": 300}, "short": {"hours": 100.0},
+    "asks": {"n_pairs": 30, "hours": 1000.0}, "doubts": {"n_pairs": 10},
+    "tongues": {
+        "hours": 100, "parts": {"en": 60, "fr": 10.0, "ko": 0, "other": 0}, "languages": ["en", "fr", "ko", "it"],
+        "shards": "t.<part>/t.<part>-{00..11}.tar", "prompts": ["<|{language}|>"],
+    },
+}  # fmt: skip
 
 
 @pytest.fixture
 def mix(tmp_path):
-    """Write a mix beside cards `a` and `bee`; returns its reader."""
+    """Write a mix beside cards `a` and `bee`, and those of SIZED; returns its reader."""
     (tmp_path / "corpora").mkdir()
     (tmp_path / "m").mkdir()
-    for name in ("a", "bee"):
-        (tmp_path / "corpora" / f"{name}.yaml").write_text(yaml.safe_dump(CARD | {"name": name}))
+    for name, more in SIZED.items():
+        (tmp_path / "corpora" / f"{name}.yaml").write_text(yaml.safe_dump(CARD | {"name": name} | more))
 
     def read(corpora: object, name: str = "align", **more: object):
         (tmp_path / "m" / "align.yaml").write_text(yaml.safe_dump({"corpora": corpora, **more}))
@@ -80,9 +90,10 @@ def test_mix_that_is_not_there(mix):
         ({"licence": None}, "missing key `licence`"),
         ({"name": "b"}, "its name is `b`"),
         ({"pairs": "questions"}, "either `prompts` and `answer`, or `pairs`"),
-        ({"pairs": "questions", "answer": None}, "either"),
         ({"pairs": "questions", "prompts": None}, "either"),
         ({"prompts": None, "answer": None}, "either"),
+        ({"prompts": None}, "either"),
+        ({"prompts": []}, "either"),
         ({"answer": None}, "either"),
         ({"prompts": "Write."}, "prompts: 'Write.' is not of type list"),
         ({"audio": "no"}, "audio: 'no' is not of type bool"),
@@ -92,6 +103,14 @@ def test_mix_that_is_not_there(mix):
         ({"held_out": {"by": "source", "share": 8, "max": 3}}, "share 8 lies in 0 to 1"),
         ({"held_out": {"by": "source", "share": 0.1, "max": -3}}, "max is not negative"),
         ({"answers": "both"}, "answers: 'both' is neither `one` nor `all`"),
+        ({"hours": "12"}, "hours: '12' is not of type float"),
+        ({"n_pairs": 1.5}, "n_pairs: 1.5 is not of type int"),
+        ({"parts": {"en": 1}}, "`parts` and <part> in `shards` belong together"),
+        ({"shards": "a.<part>-*.tar"}, "`parts` and <part> in `shards` belong together"),
+        ({"parts": ["en"], "shards": "<part>.tar"}, r"parts: \['en'\] is not of type dict"),
+        ({"parts": {"en": True}, "shards": "<part>.tar"}, "parts: {'en': True} is not of type dict"),
+        ({"parts": {False: 1}, "shards": "<part>.tar"}, "parts: {False: 1} is not of type dict"),  # `no: 1` in YAML
+        ({"languages": [False]}, r"languages: \[False\] is not of type list"),  # [no]
         ({"audio": False, "alike": "language"}, "`context` and `alike` are about a clip"),
         ({"audio": False, "context": "{text}"}, "`context` and `alike` are about a clip"),
     ],
@@ -102,11 +121,226 @@ def test_mistakes_in_a_card(card, changes, says):
 
 
 def test_all_manifests_are_read():
-    cards = {p.stem: read_card(p) for p in (MANIFESTS / "corpora").glob("*.yaml")}
-    mixes = [read_mix(p.stem, p.parent) for p in MANIFESTS.rglob("*.yaml") if p.parent.name != "corpora"]
+    """Every card, by its parts where it has any, in some mix; cards of the same shards hold out the same records."""
+    cards = {}
+    for path in (MANIFESTS / "corpora").glob("*.yaml"):
+        for part in yaml.safe_load(path.read_text()).get("parts", {"": 0}):
+            card = read_card(path, part)
+            cards[card.name] = card
+    mixes = [read_mix(p.stem, p.parent) for p in MANIFESTS.glob("*/*.yaml") if p.parent.name != "corpora"]
     assert {c.name for m in mixes for c in m.cards} == cards.keys()
     rules = {(c.shards, c.held_out) for c in cards.values()}
     assert len(rules) == len({shards for shards, _ in rules}), "cards of the same shards hold out different records"
+
+
+# -- slices ------------------------------------------------------------------------------------------------------------
+
+
+def shares(mix) -> dict[str, float]:
+    return {card.name: pytest.approx(percent) for card, percent in zip(mix.cards, mix.percent, strict=True)}
+
+
+def test_a_slice_is_shared_by_hours(mix):
+    read = mix({"bee": 20, "talk": {"percent": 80, "of": ["short", "long"]}})
+    assert shares(read) == {"bee": 20, "short": 20, "long": 60}
+    assert read.notes == ()
+
+
+def test_a_slice_of_questions_is_shared_by_pairs(mix):
+    assert shares(mix({"qa": {"percent": 100, "of": ["asks", "doubts"]}})) == {"asks": 75, "doubts": 25}
+
+
+def test_a_slice_that_mixes_pairs_and_hours_goes_by_hours_and_needs_them(mix):
+    assert shares(mix({"s": {"percent": 100, "of": ["asks", "long"]}})) == {"asks": 100 / 1.3, "long": 30 / 1.3}
+    with pytest.raises(ManifestError, match="s: doubts tells no hours"):
+        mix({"s": {"percent": 100, "of": ["doubts", "long"]}})
+
+
+def test_corpora_can_be_left_out(mix, tmp_path):
+    """Nobody has all corpora of the report: the others of a slice share it, and what goes is said."""
+    lines = {
+        "bee": 40,
+        "talk": {"percent": 40, "of": ["short", "long"]},
+        "qa": {"percent": 20, "of": ["asks", "doubts"]},
+    }
+    whole = mix(lines)
+    assert (whole.left_out, whole.notes) == ((), ())
+    read = read_mix("align", tmp_path / "m", ["long", "as*"])
+    assert shares(read) == {"bee": 40, "short": 40, "doubts": 20}
+    assert set(read.left_out) == {"long", "asks"}
+    assert len(read.notes) == 1
+    assert "without asks, long; 0 of 100 percent go with slices" in read.notes[0]
+    read = read_mix("align", tmp_path / "m", ["asks", "doubts"])
+    assert shares(read) == {"bee": 50, "short": 12.5, "long": 37.5}
+    assert "20 of 100 percent go with slices" in read.notes[0]
+    assert "sum to 80; scaled to 100" in read.notes[1]
+    with pytest.raises(ManifestError, match=r"data\.without leaves nothing"):
+        read_mix("align", tmp_path / "m", ["*"])
+
+
+def test_slices_are_scaled_with_the_rest(mix):
+    read = mix({"bee": 50.1, "talk": {"percent": 50.1, "of": ["short", "long"]}})
+    assert shares(read) == {"bee": 50, "short": 12.5, "long": 37.5}
+    assert "sum to 100.2; scaled to 100" in read.notes[0]
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ({"percent": 1, "of": ["long", "bee"]}, "s: bee tells no hours, so it cannot share by them"),
+        ({"percent": 1, "of": ["long", "short", "long"]}, "s names a corpus twice"),
+        ({"percent": 1, "of": ["lng"]}, "`lng` has no card .*did you mean `long`"),
+        ({"percent": 1, "of": []}, "a slice is written"),
+        ({"percent": 1, "of": "long"}, "a slice is written"),
+        ({"percent": 1, "of": {"long": 1}}, "a slice is written"),
+        ({"percent": 1, "of": [False]}, "a slice is written"),
+        ({"percent": 1}, "a slice is written"),
+        ({"of": ["long"]}, "a slice is written"),
+        ({"percents": 1, "of": ["long"]}, "a slice is written"),
+        ({"percent": 1, "off": ["long"]}, "a slice is written"),
+        ({"percent": 1, "of": ["long"], "by": "hours"}, "a slice is written"),
+        ({}, "a slice is written"),
+        (["long"], r"s: \['long'\] is no share"),
+        ({"percent": 0, "of": ["long"]}, "s: 0 is no share"),
+        ({"percent": -1, "of": ["long"]}, "s: -1 is no share"),
+        ({"percent": True, "of": ["long"]}, "s: True is no share"),
+        ({"percent": "1", "of": ["long"]}, "s: '1' is no share"),
+        ({"percent": float("nan"), "of": ["long"]}, "s: nan is no share"),
+        ({"percent": 3, "of": ["long"]}, "sum to 102 percent"),
+    ],
+)
+def test_mistakes_in_a_slice(mix, line, says):
+    with pytest.raises(ManifestError, match=says):
+        mix({"a": 99, "s": line})
+
+
+@pytest.mark.parametrize(
+    "corpora",
+    [
+        {"long": 50, "s": {"percent": 50, "of": ["short", "long"]}},
+        {"s": {"percent": 50, "of": ["short", "long"]}, "long": 50},
+        {"s": {"percent": 50, "of": ["short", "long"]}, "t": {"percent": 50, "of": ["long"]}},
+        {"s": {"percent": 50, "of": ["tongues.en", "long"]}, "tongues.en": 50},
+    ],
+)
+def test_a_corpus_has_one_share_also_when_a_slice_holds_it(mix, corpora):
+    with pytest.raises(ManifestError, match=r"corpus `(long|tongues.en)` stands in it twice"):
+        mix(corpora)
+
+
+# -- parts -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_part_is_a_card_of_its_own(mix):
+    en, ko, other = mix({"tongues.en": 50, "tongues.ko": 30, "tongues.other": 20}).cards
+    assert (en.name, en.hours, en.languages) == ("tongues.en", 60, ["en"])
+    assert en.shards == "t.en/t.en-{00..11}.tar"
+    assert en.parts == {}
+    assert (en.task, en.prompts, en.licence) == ("asr", ["<|{language}|>"], "none")
+    assert (ko.hours, ko.languages, ko.shards) == (15, ["ko"], "t.ko/t.ko-{00..11}.tar")  # (100 - 70) / 2
+    assert (other.hours, other.languages) == (15, ["en", "fr", "ko", "it"])  # no language is called `other`
+
+
+def test_parts_share_a_slice_by_their_hours(mix):
+    read = mix({"s": {"percent": 100, "of": ["tongues.fr", "tongues.ko", "tongues.other", "long", "tongues.en"]}})
+    assert shares(read) == {
+        "tongues.fr": 2.5, "tongues.ko": 3.75, "tongues.other": 3.75, "long": 75, "tongues.en": 15,
+    }  # fmt: skip
+
+
+def test_parts_share_evenly_where_none_tells_hours(tmp_path):
+    parts = {"parts": {"en": 0, "fr": 0}, "shards": "<part>.tar"}
+    path = tmp_path / "a.yaml"
+    path.write_text(yaml.safe_dump(CARD | parts | {"hours": 7}))
+    assert [read_card(path, p).hours for p in ("en", "fr")] == [3.5, 3.5]
+    path.write_text(yaml.safe_dump(CARD | parts))
+    assert read_card(path, "en").hours == 0
+
+
+@pytest.mark.parametrize(
+    ("corpus", "says"),
+    [
+        ("tongues", "cannot name tongues; there is tongues.en, tongues.fr, tongues.ko, tongues.other"),
+        ("tongues.it", "cannot name tongues.it; there is tongues.en"),
+        ("tongues.en.fr", "cannot name tongues.en.fr; there is"),
+        ("long.en", "cannot name long.en; there is long alone"),
+        ("long.", "`long.` has no card .*did you mean `long`"),
+        ("tonges.en", "`tonges.en` has no card .*tonges.yaml; did you mean `tongues`"),
+    ],
+)
+def test_parts_that_are_not_there(mix, corpus, says):
+    for corpora in ({corpus: 100}, {"s": {"percent": 100, "of": [corpus]}}):
+        with pytest.raises(ManifestError, match=says):
+            mix(corpora)
+
+
+def test_a_card_whose_own_name_holds_a_dot_is_no_part(mix, tmp_path):
+    """`make prepare NAME=long.en` writes one."""
+    more = {"name": "long.en", "hours": 3}
+    (tmp_path / "corpora" / "long.en.yaml").write_text(yaml.safe_dump(CARD | more))
+    assert shares(mix({"long.en": 40, "long": 60})) == {"long.en": 40, "long": 60}
+
+
+# -- prompts that wrap pairs -------------------------------------------------------------------------------------------
+
+ASKED = {
+    "question": "of the record",
+    "language": "en",
+    "questions": [
+        {"question": "What sings?", "answer": "A bird.", "options": "(A) bird\n(B) frog"},
+        {"question": "Is it {loud}?", "answer": "yes", "options": "(A) yes\n(B) no"},
+    ],
+}
+
+
+def turns(content: dict, **changes: object) -> list[tuple[str, str]]:
+    """(question, answer) of every conversation of a card of pairs."""
+    made = conversations(Card("a", "qa", "a.tar", "none", pairs="questions", **changes), content, "here")
+    assert all((ask.role, ask.clips, say.role, say.clips) == ("user", 1, "assistant", 0) for ask, say in made)
+    return [(ask.text, say.text) for ask, say in made]
+
+
+def test_pairs_may_have_prompts_and_need_none(card):
+    assert card(pairs="questions", answer=None).prompts == ["Write."]
+    assert card(pairs="questions", answer=None, prompts=None).prompts == []
+    assert turns(ASKED) == [("What sings?", "A bird."), ("Is it {loud}?", "yes")]
+
+
+def test_a_prompt_wraps_every_pair_with_its_own_fields(card):
+    asked = turns(ASKED, prompts=["{question}\n{options}\nAnswer with a single Letter:"])
+    assert asked == [
+        ("What sings?\n(A) bird\n(B) frog\nAnswer with a single Letter:", "A bird."),
+        ("Is it {loud}?\n(A) yes\n(B) no\nAnswer with a single Letter:", "yes"),
+    ]
+
+
+def test_every_prompt_wraps_every_pair_and_may_name_fields_of_the_record(card):
+    assert turns(ASKED, prompts=["{question} ({language})", "{question}!"]) == [
+        ("What sings? (en)", "A bird."), ("What sings?!", "A bird."),
+        ("Is it {loud}? (en)", "yes"), ("Is it {loud}?!", "yes"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("prompt", "says"),
+    [
+        ("{question} {choices}", "here: a prompt of a asks for JSON field 'choices'"),
+        ("{qestion}", "here: a prompt of a asks for JSON field 'qestion'"),
+        ("{question} {", "here: a prompt of a: .*a brace itself is written twice"),
+    ],
+)
+def test_a_prompt_that_asks_for_what_a_pair_has_not(prompt, says):
+    with pytest.raises(ManifestError, match=says):
+        turns(ASKED, prompts=["{question}", prompt])
+
+
+@pytest.mark.parametrize("prompts", [[], ["{question} Answer with 1-2 sentences"]])
+@pytest.mark.parametrize("pairs", ["What?", ["What?"], [{"question": "What?"}], [{"answer": "It."}], None, 3])
+def test_pairs_that_are_none(prompts, pairs):
+    with pytest.raises(ManifestError, match=r"here: `questions` is no list of \{question, answer\}"):
+        turns({"questions": pairs}, prompts=prompts)
+    with pytest.raises(Skip, match="no text"):
+        turns({"questions": []}, prompts=prompts)
 
 
 # -- mix.yaml of a run that is going on --------------------------------------------------------------------------------
