@@ -11,17 +11,25 @@ SET    ?=
 FRESH  ?=
 STEP   ?=
 KEY    ?=
+DATA   ?=
+OUT    ?=
+TASK   ?=
+PROMPT ?=
+COLUMNS ?=
 
 PY     := .venv/bin/python
 SMALL   = $(filter mini generated,$(SCALE))
 STAGE   = $(PY) -m stages.$(1) --scale "$(SCALE)" --runs "$(RUNS)" $(if $(CONFIG),--config "$(CONFIG)") \
           $(if $(NAME),--name "$(NAME)") $(if $(FROM),--from "$(FROM)") $(if $(FRESH),--fresh) $(SET)
 
+ORDERED = $(if $(NAME),--name "$(NAME)") $(if $(TASK),--task "$(TASK)") $(if $(PROMPT),--prompt "$(PROMPT)") \
+          $(if $(COLUMNS),--columns "$(COLUMNS)")
+
 # pip does not compile (three times faster): the first import does, and must be allowed to keep it
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data index stage1 stage2 stage3 stages curves audit keys bench test lint
+.PHONY: help setup data prepare check-data index finetune stage1 stage2 stage3 stages curves audit keys bench test lint
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -41,7 +49,7 @@ setup: .venv/.done  ## Python environment in .venv (done by all others when need
 
 data: setup  ## recorded speech, sampled music (about 70 MB from Debian), tokenizer and text weights for mini
 	@[ -n "$(SMALL)" ] || { echo "error: data for SCALE=$(SCALE) lie where data.root says; SCALE=mini prepares its own"; exit 2; }
-	@$(PY) -m stages.prepare --out data/$(SCALE) $(if $(filter generated,$(SCALE)),--generated)
+	@$(PY) -m stages.data --out data/$(SCALE) $(if $(filter generated,$(SCALE)),--generated)
 	@$(PY) -m stages.text_decoder --scale $(SCALE) --runs data $(if $(FRESH),--fresh)
 
 stage1: setup  ## encoder, projector and decoder learn together to caption audio
@@ -52,6 +60,11 @@ stage2: setup  ## the decoder learns to listen, through LoRA, from the encoder o
 
 stage3: setup  ## supervised fine-tuning of the whole of stage 2, LoRA on all linear layers
 	@$(call STAGE,stage3_sft)
+
+finetune: setup  ## DATA (as in prepare, or a folder that it made) -> a tuned model; from stage 2, or FROM=stage3_sft
+	@[ -n "$(DATA)" ] || { echo 'error: say on what: make finetune DATA=my.csv TASK=caption (or PROMPT="...")'; exit 2; }
+	@$(call STAGE,finetune) --data "$(DATA)" $(if $(TASK),--task "$(TASK)") $(if $(PROMPT),--prompt "$(PROMPT)") \
+	  $(if $(COLUMNS),--columns "$(COLUMNS)")
 
 stages:  ## data, then the three stages one after the other, then the curves
 	@[ -z "$(NAME)$(CONFIG)$(FROM)" ] || { echo "error: NAME, CONFIG and FROM belong to one stage: make stage1 NAME=..."; exit 2; }
@@ -64,6 +77,13 @@ stages:  ## data, then the three stages one after the other, then the curves
 index: setup  ## one pass over the shards of SCALE: what is there, what is left out and why, what is damaged
 	@$(PY) -m stages.index --scale "$(SCALE)" $(if $(CONFIG),--config "$(CONFIG)") $(SET)
 
+prepare: setup  ## from DATA (.csv, .tsv, .jsonl, a dataset, cuts, tars) to shards and a card in OUT (data/NAME)
+	@[ -n "$(DATA)" ] || { echo 'error: say what: make prepare DATA=my.csv TASK=caption (or PROMPT="...")'; exit 2; }
+	@$(PY) -m stages.prepare --data "$(DATA)" $(ORDERED) $(if $(OUT),--out "$(OUT)") $(SET)
+
+check-data: setup  ## before training: open every shard with the training code, plan ahead, name what is wrong
+	@$(PY) -m stages.check_data --scale "$(SCALE)" --runs "$(RUNS)" $(if $(CONFIG),--config "$(CONFIG)") $(SET)
+
 audit: setup  ## what run NAME was really trained on (STEP=n: the samples of a step; KEY=corpus/key: where it was used)
 	@[ -n "$(NAME)" ] || { echo "error: say which run: make audit NAME=stage2_pretrain"; exit 2; }
 	@$(PY) -m stages.audit --scale "$(SCALE)" --runs "$(RUNS)" --name "$(NAME)" $(if $(STEP),--step $(STEP)) \
@@ -75,13 +95,14 @@ curves: setup  ## draw the loss of every run of SCALE into $(RUNS)/$(SCALE)/curv
 keys: setup  ## every config key with its default and its sentence
 	@$(PY) -m stages.keys
 
-bench: setup  ## ratios of one run: reading real shards against bare decoding; the plan of 10 million records
+bench: setup  ## ratios of one run: reading and preparing real audio against bare decoding; the plan of 10 million records
 	@$(PY) -m benchmarks.loader 100000
 	@$(PY) -m benchmarks.plan
+	@$(PY) -m benchmarks.prepare
 
 test: setup  ## all tests, with the three stages in short on recordings and on generated sounds
-	@$(PY) -m stages.prepare --out data/generated --generated
-	@if command -v apt-get >/dev/null; then $(PY) -m stages.prepare --out data/mini; \
+	@$(PY) -m stages.data --out data/generated --generated
+	@if command -v apt-get >/dev/null; then $(PY) -m stages.data --out data/mini; \
 	  else echo "*** no apt-get: what needs recordings is skipped"; fi
 	@HF_HUB_OFFLINE=1 $(PY) -m pytest -m "not slow"
 

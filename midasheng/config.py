@@ -57,6 +57,9 @@ class Data:
     mix: str = key("", "name of the mix: a file in data.manifests, without .yaml")
     manifests: str = key("data_manifests/mini", "folder of the mixes; the cards lie in ../corpora beside it")
     root: str = key("data/mini/shards", "folder that the shard patterns of the cards are relative to")
+    without: list[str] = key(
+        [], "corpora to leave out of the mixes (names or globs, yodas.*); the rest of their slices take their shares"
+    )
     max_audio_s: float = key(30.0, "longer clips (seconds) are skipped and counted as `too long`")
     clips: str = key(
         HEARD,
@@ -384,12 +387,6 @@ def _check_values(stage: Stage) -> None:
     for position, start in enumerate(stage.start):
         good = isinstance(start, dict) and set(start) == {"from", "take"} and isinstance(start["take"], list)
         require(good, f"start[{position}]: write {{from: STAGE or path, take: [globs]}}, not {start}")
-        require(
-            bool(start["from"]),
-            f"start[{position}].from is empty: this scale needs pretrained weights for {start['take']}, a Dasheng .pt "
-            'file, a folder with safetensors or a hub id; e.g. SET="weights.encoder=PATH/dasheng_06b.pt '
-            'weights.decoder=PATH/Qwen2.5-Omni-7B"',
-        )
     require(
         stage.run.precision in ("bf16", "fp32"),
         f"run.precision: {stage.run.precision!r} is not offered; write bf16 (trained weights in fp32, frozen ones and "
@@ -422,6 +419,17 @@ def _check_values(stage: Stage) -> None:
     require(stage.lora.dropout < 1 and optim.clip_norm > 0, "lora.dropout must be below 1, optim.clip_norm above 0")
     require(length(stage.run.length, "run.length")[0] > 0, f"run.length: `{stage.run.length}` trains nothing")
     length(stage.run.warmup, "run.warmup")
+
+
+def check_start(stage: Stage) -> None:
+    """Are the weights named that training starts from? Data can be checked without them. Raises ConfigError."""
+    for position, start in enumerate(stage.start):
+        if not start["from"]:
+            raise ConfigError(
+                f"start[{position}].from is empty: this scale needs pretrained weights for {start['take']}, a Dasheng "
+                '.pt file, a folder with safetensors or a hub id; e.g. SET="weights.encoder=PATH/dasheng_06b.pt '
+                'weights.decoder=PATH/Qwen2.5-Omni-7B"'
+            )
 
 
 def saved(path: Path) -> dict[str, Any]:

@@ -11,8 +11,7 @@ from pathlib import Path
 from midasheng import config
 from midasheng.config import UserError
 from midasheng.data.audit import RunLedger
-from midasheng.data.manifest import read_mix
-from midasheng.data.room import open_chat, open_corpora, read_data
+from midasheng.data.room import mixes, open_chat, open_corpora, read_data
 
 
 def main() -> int:
@@ -35,7 +34,7 @@ def main() -> int:
         if args.step is not None or args.key:
             print("\n".join(ledger.of_key(args.key) if args.key else ledger.of_step(args.step)))
             return 0
-        others = [c for m in stage.data.also for c in read_mix(m, Path(stage.data.manifests)).cards]
+        others = [card for other in mixes(stage)[1].values() for card in other.cards]
         found = ledger.audit(open_corpora(stage, open_chat(stage), others, make=False))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

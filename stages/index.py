@@ -5,12 +5,10 @@ holds and what was left out. Exit status 1 when a shard is damaged.
 """
 
 import sys
-from pathlib import Path
 
 from midasheng.config import UserError
 from midasheng.data.index import CorpusIndex
-from midasheng.data.manifest import read_mix
-from midasheng.data.room import open_chat, open_corpora
+from midasheng.data.room import mixes, open_chat, open_corpora
 from midasheng.train.order import command_line
 
 STAGES = ("stage1_align", "stage2_pretrain", "stage3_sft")
@@ -36,8 +34,8 @@ def main() -> int:
         for stage in (
             [command_line("").stage] if one else [command_line(f"configs/{name}.yaml").stage for name in STAGES]
         ):
-            for mix in [m for m in (stage.data.mix, *stage.data.also) if m]:
-                cards = read_mix(mix, Path(stage.data.manifests)).cards
+            mix, also = mixes(stage)
+            for cards in (mix.cards, *(other.cards for other in also.values())):
                 for corpus in open_corpora(stage, open_chat(stage), cards, make=True):
                     lines[f"{corpus.card.name} {stage.data.clips}"] = line(corpus)
                     damage |= dict.fromkeys(corpus.summary.damage)

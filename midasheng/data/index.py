@@ -26,10 +26,10 @@ from tqdm import tqdm
 from midasheng import frames
 from midasheng.config import UserError
 from midasheng.data.audio import Skip
-from midasheng.data.manifest import Card, ManifestError, conversations
+from midasheng.data.manifest import Card, ManifestError, conversations, excluded_by
 from midasheng.data.shard import Reading, SideFile, index_shard, is_whole, parsed, side_path
 from midasheng.data.storage import Place, ShardFile, is_url, list_shards
-from midasheng.sample import Turn
+from midasheng.sample import Turn, unit_hash
 
 OPEN_SIDE_FILES = 512
 
@@ -147,17 +147,44 @@ class Summary:
     damage: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Rule:
+    """Which records of a side file are trained on and which are held out."""
+
+    cut: float  # records whose source hashes below it are held out
+    max_samples: int
+    excluded: frozenset[str] = frozenset()  # keys and sources that are in neither
+
+    def usable(self, side: SideFile) -> tuple[NDArray[Any], NDArray[Any]]:
+        """(can be used, is held out) of every record."""
+        usable = (side["reason"] == 0) & (side["n_samples"] <= self.max_samples) & ~self._excluded(side)
+        return usable, side["source"] < self.cut
+
+    def reasons(self, side: SideFile) -> list[str]:
+        """Why each record is left out; empty where it is not."""
+        names = ["", *side.about["reasons"]]
+        found = [names[code] for code in side["reason"].tolist()]
+        for reason, where in (("excluded", self._excluded(side)), ("too long", side["n_samples"] > self.max_samples)):
+            for row in np.flatnonzero((side["reason"] == 0) & where).tolist():
+                found[row] = reason
+        return found
+
+    def _excluded(self, side: SideFile) -> NDArray[np.bool_]:
+        hashes = [unit_hash("held_out:" + line) for line in self.excluded]
+        found: NDArray[np.bool_] = np.isin(side["source"], hashes)
+        if self.excluded:
+            found |= [side.key(row) in self.excluded for row in range(len(found))]
+        return found
+
+
 class CorpusIndex:
     """The records of a corpus: those to train on, by number, and, kept apart, `held_out`.
 
     Opening reads the table alone; side files are mapped when a record of their shard is asked for.
     """
 
-    def __init__(
-        self, reading: Reading, folder: Path, rows: Sequence[ShardRow], cut: float, max_samples: int
-    ) -> None:  # fmt: skip
-        self.reading, self.card, self.folder = reading, reading.card, folder
-        self.rows, self.cut, self.max_samples = tuple(rows), cut, max_samples
+    def __init__(self, reading: Reading, folder: Path, rows: Sequence[ShardRow], rule: Rule) -> None:
+        self.reading, self.card, self.folder, self.rows, self.rule = reading, reading.card, folder, tuple(rows), rule
         self.counts = np.asarray([r.train for r in rows], dtype=np.int64)  # training records of each shard
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])
         self._ends: list[int] = self.starts[1:].tolist()
@@ -173,7 +200,8 @@ class CorpusIndex:
     def summary(self) -> Summary:
         """Totals of the table."""
         n = max(1, len(self))
-        digest = hashlib.sha256(repr([(r.digest, r.train) for r in self.rows] + [self.cut, self.max_samples]).encode())
+        rule = [self.rule.cut, self.rule.max_samples, *sorted(self.rule.excluded)]
+        digest = hashlib.sha256(repr([(r.digest, r.train) for r in self.rows] + rule).encode())
         reasons: Counter[str] = Counter()
         for row in self.rows:
             reasons.update(row.skipped)
@@ -189,7 +217,7 @@ class CorpusIndex:
     def _open_side(self, shard: int) -> tuple[SideFile, NDArray[Any], NDArray[Any]]:
         """(columns, rows that are trained on, rows held out)."""
         side = SideFile(side_path(self.folder, self.reading, self.rows[shard].shard))
-        usable, apart = _usable(side, self.cut, self.max_samples)
+        usable, apart = self.rule.usable(side)
         return side, np.flatnonzero(usable & ~apart), np.flatnonzero(usable & apart)
 
     def columns(self, shard: int) -> Columns:
@@ -283,23 +311,9 @@ class CorpusIndex:
         for shard, line in enumerate(self.rows):
             if line.skipped:
                 side = self.side(shard)[0]
-                for row, reason in enumerate(_reasons(side, self.max_samples)):
+                for row, reason in enumerate(self.rule.reasons(side)):
                     if reason:
                         yield side.key(row), reason
-
-
-def _usable(side: SideFile, cut: float, max_samples: int) -> tuple[NDArray[Any], NDArray[Any]]:
-    """(can be used, is held out) of every record."""
-    return (side["reason"] == 0) & (side["n_samples"] <= max_samples), side["source"] < cut
-
-
-def _reasons(side: SideFile, max_samples: int) -> list[str]:
-    """Why each record is left out; empty where it is not."""
-    names = ["", *side.about["reasons"]]
-    found = [names[code] for code in side["reason"].tolist()]
-    for row in np.flatnonzero((side["reason"] == 0) & (side["n_samples"] > max_samples)).tolist():
-        found[row] = "too long"
-    return found
 
 
 def _cut(card: Card, sides: Iterator[SideFile]) -> float:
@@ -313,8 +327,8 @@ def _cut(card: Card, sides: Iterator[SideFile]) -> float:
     return float(hashes[over[0]]) if len(over) else card.held_out.share
 
 
-def _table_row(side: SideFile, shard: ShardFile, cut: float, max_samples: int, together: bool) -> ShardRow:
-    usable, apart = _usable(side, cut, max_samples)
+def _table_row(side: SideFile, shard: ShardFile, rule: Rule, together: bool) -> ShardRow:
+    usable, apart = rule.usable(side)
     train = np.flatnonzero(usable & ~apart)
     n_samples, until = side["n_samples"], side["until"].astype(np.int64)
     many = np.diff(until, prepend=0)
@@ -326,7 +340,7 @@ def _table_row(side: SideFile, shard: ShardFile, cut: float, max_samples: int, t
     digest = hashlib.sha256()
     for name in ("n_samples", "source", "reason", "until", "slots", "targets", "keys"):
         digest.update(side[name].tobytes())
-    skipped = Counter(r for r in _reasons(side, max_samples) if r)
+    skipped = Counter(r for r in rule.reasons(side) if r)
     return ShardRow(
         shard, records=len(n_samples), train=len(train), held_out=int((usable & apart).sum()), skipped=dict(skipped),
         samples=int(n_samples[train].sum()), slots=float(((text + tokens) * visit)[train].sum()),
@@ -345,11 +359,14 @@ def open_corpus(
     shards = list_shards(root, card.shards)
     if not shards:
         raise ManifestError(
-            f"corpus {card.name}: no shard matches {root}/{card.shards}; run `make data`, or set data.root"
+            f"corpus {card.name}: no shard matches {root}/{card.shards}; write it (`make prepare NAME={card.name}`, at "
+            f"mini `make data`), set data.root, or leave it out with data.without=[{card.name}]"
         )
     max_samples = round(max_audio_s * frames.SAMPLE_RATE)
-    rule = (reading.fingerprint, asdict(card.held_out) if card.held_out else None, max_samples, card.answers)
-    key = hashlib.sha256(repr((rule, shards)).encode()).hexdigest()[:12]
+    excluded = excluded_by(card)
+    held_out = asdict(card.held_out) if card.held_out else None
+    parts = (reading.fingerprint, held_out, max_samples, card.answers, sorted(excluded), shards)
+    key = hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
     path = folder / card.name / f"table.{key}.json"
     sides = [side_path(folder, reading, s) for s in shards]
     missing = [s for s, side in zip(shards, sides, strict=True) if not side.is_file()]
@@ -360,17 +377,15 @@ def open_corpus(
         )
     if missing or not path.is_file():
         make_side_files(folder, reading, shards, workers)
-        cut = _cut(card, (SideFile(s) for s in sides))
+        rule = Rule(_cut(card, (SideFile(s) for s in sides)), max_samples, excluded)
         together = card.answers == "all"
-        rows = [
-            _table_row(SideFile(s), shard, cut, max_samples, together) for s, shard in zip(sides, shards, strict=True)
-        ]
+        rows = [_table_row(SideFile(s), shard, rule, together) for s, shard in zip(sides, shards, strict=True)]
         part = path.with_suffix(f".{os.getpid()}.part")
-        part.write_text(json.dumps({"cut": cut, "rows": [asdict(r) for r in rows]}), encoding="utf-8")
+        part.write_text(json.dumps({"cut": rule.cut, "rows": [asdict(r) for r in rows]}), encoding="utf-8")
         os.replace(part, path)
     table = json.loads(path.read_text(encoding="utf-8"))
     rows = [ShardRow(ShardFile(**r.pop("shard")), **r) for r in table["rows"]]
-    return CorpusIndex(reading, folder, rows, table["cut"], max_samples)
+    return CorpusIndex(reading, folder, rows, Rule(table["cut"], max_samples, excluded))
 
 
 def index_folder(configured: str, root: str) -> Path:

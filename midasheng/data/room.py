@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from midasheng.config import ConfigError, Stage
@@ -45,6 +46,21 @@ def open_chat(stage: Stage) -> Chat:
     return Chat(t.path, t.audio_bos, t.audio, t.audio_eos)
 
 
+def mixes(stage: Stage) -> tuple[Mix, dict[str, Mix]]:
+    """The stage's mix, and those of data.also by name. Raises ManifestError."""
+    d = stage.data
+    mix, *others = (read_mix(name, Path(d.manifests), d.without) for name in (d.mix, *d.also))
+    gone = {corpus for m in (mix, *others) for corpus in m.left_out}
+    for glob in d.without:
+        if not any(fnmatchcase(corpus, glob) for corpus in gone):
+            raise ManifestError(f"data.without: `{glob}` names no corpus of {d.mix}; there are {_names(mix)}")
+    return mix, dict(zip(d.also, others, strict=True))
+
+
+def _names(mix: Mix) -> str:
+    return ", ".join(card.name for card in mix.cards)
+
+
 def open_corpora(stage: Stage, chat: Chat, cards: Sequence[Card], *, make: bool) -> tuple[CorpusIndex, ...]:
     """The index of each corpus; `make` what is missing of it. Raises UserError."""
     d = stage.data
@@ -76,10 +92,10 @@ def _check(corpora: Sequence[CorpusIndex], damaged: str, *, trains: bool) -> Non
 
 def read_data(stage: Stage, *, make: bool) -> DataRoom:
     """Read mix, cards, shards and tokenizer; `make` what is missing of the index. Raises UserError."""
-    d, b, manifests = stage.data, stage.batch, Path(stage.data.manifests)
-    mix, chat = read_mix(d.mix, manifests), open_chat(stage)
+    d, b = stage.data, stage.batch
+    (mix, looked_at), chat = mixes(stage), open_chat(stage)
     corpora = open_corpora(stage, chat, mix.cards, make=make)
-    also = {name: open_corpora(stage, chat, read_mix(name, manifests).cards, make=make) for name in d.also}
+    also = {name: open_corpora(stage, chat, other.cards, make=make) for name, other in looked_at.items()}
     _check(corpora, d.damaged, trains=True)
     for others in also.values():
         _check(others, d.damaged, trains=False)

@@ -156,6 +156,7 @@ def fit(order: Order) -> None:
     Raises UserError for mistakes of the user, Stopped after Ctrl-C (a checkpoint is there then).
     """
     stage, folder, first = order.stage, order.folder, is_first()
+    config.check_start(stage)
     if stage.hardware.threads:
         torch.set_num_threads(stage.hardware.threads)
     data = read_data(stage, make=first)

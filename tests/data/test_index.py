@@ -23,7 +23,7 @@ from midasheng.data import storage
 from midasheng.data.audio import Skip, decode
 from midasheng.data.chat import Chat
 from midasheng.data.index import CorpusIndex, IndexMissing, Record, index_folder
-from midasheng.data.manifest import Card, HeldOut, ManifestError
+from midasheng.data.manifest import Card, HeldOut, ManifestError, excluded_by, read_card
 from midasheng.data.storage import Place, StorageError, Unreachable
 from midasheng.sample import NO_TARGET
 from tests.conftest import flac, record, tone, training_records, write_shard
@@ -116,7 +116,9 @@ def test_card_that_does_not_fit_its_records(tmp_path, chat, changes, says, worke
 
 def test_no_shard_at_all(tmp_path, chat):
     for make in (True, False):
-        with pytest.raises(ManifestError, match=r"corpus c: no shard matches .*/\*\.tar; run `make data`"):
+        with pytest.raises(
+            ManifestError, match=r"corpus c: no shard matches .*/\*\.tar; write it .*`make data`.*data.without=\[c\]"
+        ):
             opened(CARD, tmp_path, chat, make=make)
 
 
@@ -355,6 +357,44 @@ def test_held_out_are_whole_groups_up_to_the_maximum(tmp_path, chat):
     assert not groups[0.0, 40]
     assert not groups[0.3, 3]
     assert len(groups[1.0, 200]) == 200
+
+
+def test_excluded_keys_and_sources_are_in_neither(tmp_path, chat):
+    """Decontamination: what a benchmark asks about is not trained on, and not validated on."""
+    grouped(tmp_path, list(range(200)))
+    card = replace(CARD, audio=False, held_out=HeldOut("source", 0.3, 100))
+    whole = opened(card, tmp_path, chat)
+    before, apart = set(train_keys(whole)), held_out(card, tmp_path, chat)
+    key = train_keys(whole)[0]
+    source = int(sorted(apart)[0]) // 4  # a whole recording that was held out
+    (tmp_path / "keys.txt").write_text(f" {key} \n\nnot in this corpus\n")
+    (tmp_path / "sources.txt").write_text(f"source {source}\n")
+    gone = {key} | {str(4 * source + i) for i in range(4)}
+    files = [str(tmp_path / "keys.txt"), str(tmp_path / "sources.txt")]
+    clean = opened(replace(card, exclude=files), tmp_path, chat, make=False)  # shards are not read again
+    assert set(train_keys(clean)) == before - gone
+    assert {r.key for r in clean.held_out} == apart - gone
+    assert dict(clean.skipped()) == dict.fromkeys(gone, "excluded")
+    assert clean.summary.reasons == {"excluded": 5}
+    assert clean.summary.fingerprint != whole.summary.fingerprint  # a resume with another list is refused
+    (tmp_path / "keys.txt").write_text(f"{train_keys(clean)[0]}\n")  # as many of each shard, but others
+    other = opened(replace(card, exclude=files), tmp_path, chat, make=False)
+    assert [r.train for r in other.rows] == [r.train for r in clean.rows]
+    assert other.summary.fingerprint != clean.summary.fingerprint
+    (tmp_path / "keys.txt").write_text("")  # the list, not its file's name, is what counts
+    assert set(train_keys(opened(replace(card, exclude=files), tmp_path, chat))) == before - gone | {key}
+    (tmp_path / "keys.txt").unlink()
+    with pytest.raises(ManifestError, match=r"card c: exclude: .*keys\.txt"):
+        opened(replace(card, exclude=files), tmp_path, chat)
+
+
+def test_excluded_files_lie_beside_the_card(tmp_path):
+    """Wherever the command runs."""
+    (tmp_path / "c.yaml").write_text(
+        "{name: c, task: asr, shards: '*.tar', licence: none, prompts: [Write.], answer: text, exclude: [keys.txt]}"
+    )
+    (tmp_path / "keys.txt").write_text("a\n")
+    assert excluded_by(read_card(tmp_path / "c.yaml")) == {"a"}
 
 
 def test_held_out_do_not_depend_on_order_or_shards(tmp_path, chat):
