@@ -89,7 +89,8 @@ def main() -> int:
     print(report.text())
     print(f"shards, card and mix are in {out}; rows that were dropped, in {out / 'dropped.jsonl'}")
     name = a.name or corpus_name(a.data)
-    print(f'train on it: SET="data.root={out}/shards data.manifests={out}/manifests data.mix={name}"')
+    print(f"train on it: make finetune DATA={out}; or put the card into a mix of yours, or in any stage say")
+    print(f'  SET="data.root={out}/shards data.manifests={out}/manifests data.mix={name} data.also=[]"')
     return 0
 
 

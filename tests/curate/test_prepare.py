@@ -550,7 +550,8 @@ def test_the_command_says_what_became_of_it(tmp_path, monkeypatch, capsys, chat)
     said = capsys.readouterr().out
     assert "8 rows: 6 written, 2 dropped" in said
     assert "2  missing file; first: in/birds.csv line 2" in said
-    assert 'SET="data.root=data/birds/shards data.manifests=data/birds/manifests data.mix=birds"' in said
+    assert 'SET="data.root=data/birds/shards data.manifests=data/birds/manifests data.mix=birds data.also=[]"' in said
+    assert "make finetune DATA=data/birds" in said
     (card,) = read_mix("birds", Path("data/birds/manifests")).cards
     assert (card.task, card.prompts) == ("caption", ["Write a general audio caption"])
     assert len(index_of(Path("data/birds"), chat, "birds")) > 2
