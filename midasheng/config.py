@@ -168,6 +168,12 @@ class Hardware:
     nodes: int = key(1, "nodes", free=True)
     workers: int = key(2, "loader processes per rank; 0 loads in the training process", free=True)
     prefetch: int = key(2, "steps that each loader process loads ahead", free=True)
+    recompute: list[str] = key(
+        [],
+        "trained parts whose blocks compute their activations again in the backward pass instead of keeping them: "
+        "audio_encoder, decoder (less memory, a third more time)",
+        free=True,
+    )
     threads: int = key(0, "torch CPU threads per process; 0 leaves torch's own choice", free=True)
 
 

@@ -11,6 +11,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from midasheng import frames
+from midasheng.config import UserError
 from midasheng.model.decoder import Decoder
 from midasheng.model.encoder import DashengEncoder, EncoderShape
 from midasheng.model.projector import AudioProjector
@@ -41,6 +42,22 @@ class AudioLM(nn.Module):
                 if "lora_" not in name and not any(p.requires_grad for p in module.parameters()):
                     module.eval()
         return self
+
+    def recompute(self, parts: Sequence[str]) -> None:
+        """Keep only what enters each block of these parts (audio_encoder, decoder); the backward pass computes the rest
+        again. Same gradients. Raises UserError for another part, or one that is frozen."""
+        for part in parts:
+            if part not in ("audio_encoder", "decoder"):
+                raise UserError(f"hardware.recompute: {part!r}; write audio_encoder or decoder")
+            trained = [n for n, p in getattr(self, part).named_parameters() if p.requires_grad and ".lora_" not in n]
+            if not trained:
+                raise UserError(
+                    f"hardware.recompute: {part} is frozen; computing it again costs half as much again as it costs "
+                    "now. Take it out, or make packs smaller"
+                )
+        self.audio_encoder.recompute = "audio_encoder" in parts
+        if "decoder" in parts:
+            self.decoder.model.gradient_checkpointing_enable({"use_reentrant": False})
 
     def encode(self, audio_L: Float[Tensor, " L"], clips: Sequence[int]) -> Float[Tensor, "K D"]:
         """Audio tokens of all clips end to end, frames.audio_tokens(n) for a clip of n samples."""

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 import torchaudio
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from midasheng import frames
 from midasheng.config import UserError
@@ -170,6 +171,7 @@ class DashengEncoder(nn.Module):
     def __init__(self, shape: EncoderShape) -> None:
         super().__init__()
         self.shape = shape
+        self.recompute = False  # activations of the blocks in the backward pass
         self.log_mel = LogMel()
         self.init_bn = StoredBatchNorm(frames.N_MELS)
         self.patch_embed = PatchEmbed(shape.dim)
@@ -198,5 +200,8 @@ class DashengEncoder(nn.Module):
         # not positions[place]: its backward adds in the order in which CPU threads arrive, so no two runs are equal
         x_FE = x_FE + positions.index_select(0, place)
         for block in self.blocks:
-            x_FE = block(x_FE, chunk_frames)
+            if self.recompute and torch.is_grad_enabled():
+                x_FE = checkpoint(block, x_FE, chunk_frames, use_reentrant=False)
+            else:
+                x_FE = block(x_FE, chunk_frames)
         return self.norm(x_FE)

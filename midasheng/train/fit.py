@@ -95,6 +95,7 @@ def build(order: Order, starts: Sequence[weights.Start]) -> tuple[AudioLM, str, 
         whole = [s for s in starts if adapt.matches("decoder.model.layers.0.self_attn.q_proj.weight", s.take)]
         carried = sum(weights.carry_lora(model, s.source, plan) for s in whole)
     optim.groups(model.named_parameters(), stage.optim)  # so that a wrong lr_for is an error before anything is written
+    model.recompute(stage.hardware.recompute)
     adapt.set_precision(model, stage.run.precision)
     table = adapt.learns(model, stage.train, adapted, stage.lora.rank).table()
     lines = [f"{'origin':34}{'part':>18}{'tensors':>8}"] + [f"{o:34}{p:>18}{n:8}" for o, p, n in origins]

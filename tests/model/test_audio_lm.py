@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from midasheng.config import UserError
 from midasheng.model import adapt, attention, encoder
 from midasheng.model.attention import dense_attention
 from midasheng.model.audio_lm import AudioLM
@@ -191,3 +192,49 @@ def test_generation_runs_in_the_precision_of_training():
     adapt.freeze_all_but(lm, ["audio_projector.*"])
     adapt.set_precision(lm, "bf16")
     assert len(lm.generate(prompts(prompt(16_000)), stop=-1, limit=2)[0]) == 2
+
+
+# -- memory ------------------------------------------------------------------------------------------------------------
+
+
+def kept(lm: AudioLM, row: Pack) -> int:
+    """Bytes that a forward pass keeps for the backward pass, parameters aside."""
+    lm.zero_grad()
+    own = {p.untyped_storage().data_ptr() for p in lm.parameters()}
+    found: dict[int, int] = {}
+
+    def pack_hook(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            found[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack_hook, lambda t: t):
+        loss = lm(row).sum()
+    loss.backward()
+    return sum(found.values())
+
+
+@BOTH
+@pytest.mark.parametrize("parts", [["audio_encoder"], ["decoder"], ["audio_encoder", "decoder"]])
+def test_recomputed_activations_give_the_same_gradients_in_less_memory(architecture, parts):
+    row = packed(*talks(), tail=11)
+    lm = tiny_lm(architecture)
+    wanted, before = gradients(lm, [row]), kept(lm, row)
+    lm.recompute(parts)
+    for name, gradient in gradients(lm, [row]).items():
+        assert torch.equal(gradient, wanted[name]), name
+    assert kept(lm, row) < (0.85 if len(parts) == 1 else 0.5) * before
+    assert difference_to_one_by_one(lm) < 1e-5
+
+
+def test_a_frozen_part_is_not_recomputed():
+    """It would cost half as much again, for nothing that was asked for."""
+    lm = tiny_lm()
+    adapt.freeze_all_but(lm, ["audio_encoder.*"])
+    adapt.add_lora(lm, adapt.LoraPlan(("q_proj",), 2, 4.0, 0.0), seed=0)
+    lm.recompute(["audio_encoder"])
+    with pytest.raises(UserError, match="decoder is frozen"):
+        lm.recompute(["decoder"])
+    with pytest.raises(UserError, match="'encoder'; write audio_encoder or decoder"):
+        lm.recompute(["encoder"])
