@@ -347,6 +347,18 @@ def test_metrics_count_only_what_is_real(tiny, stage1):
         assert row["slots"] <= data.budget.pack_slots * data.budget.packs_per_step
 
 
+def test_speed_is_told_apart_from_what_is_the_same_on_every_run(tiny, stage1):
+    rows = read_metrics(stage1 / "mini" / "stage1_align" / "speed.jsonl")
+    assert "measured" in rows[0]["peak"]
+    assert [row["step"] for row in rows[1:]] == [1, 2, 3, 4]
+    for row in rows[1:]:
+        assert 0 < row["mfu"] < 1
+        assert 0 <= row["waiting"] < 1
+        assert 0 <= row["decoder_padding"] < 0.7
+        assert row["audio_h_per_device_h"] > 0
+    assert not any("mfu" in row for row in read_metrics(stage1 / "mini" / "stage1_align" / "metrics.jsonl"))
+
+
 def test_only_the_encoder_of_stage_1_crosses(tiny, runs):
     """Stage 2: encoder of stage 1, decoder of the named source, a projector of its own."""
     slow = {"optim__lr": 1e-7, "optim__lr_for": "{'audio_projector.*': 1e-7, '*.lora_*': 1e-3}"}

@@ -7,14 +7,40 @@ costs 4 a parameter and slot, a trained one 6, and nothing is counted below the 
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import nn
 
 from midasheng import frames
 from midasheng.model.audio_lm import AudioLM
 from midasheng.sample import Pack
+
+# dense FLOP/s of the tensor cores in bf16 and of the cores in fp32 (TF32 off), NVIDIA's data sheets
+PEAKS = {
+    "H200": (989e12, 67e12), "H100": (989e12, 67e12), "H800": (989e12, 67e12), "A100": (312e12, 19.5e12),
+    "A800": (312e12, 19.5e12), "L40S": (362e12, 91.6e12),
+}  # fmt: skip
+
+
+def peak(device: torch.device, dtype: torch.dtype) -> tuple[float, str]:
+    """(FLOP/s of a device, where the number is from): a data sheet, else the best of a few matrix products."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for known, (bf16, fp32) in PEAKS.items():
+            if known in name:
+                return (fp32 if dtype == torch.float32 else bf16), f"data sheet of {known}, {dtype}"
+    n, best = 8192 if device.type == "cuda" else 1024, float("inf")
+    a, b = (torch.rand(n, n, device=device, dtype=dtype) for _ in range(2))
+    for _ in range(8):
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2.0 * n**3 / best, f"measured, product of {n} x {n} {dtype}"
 
 
 @dataclass(frozen=True)

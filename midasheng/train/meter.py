@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor
 
 from midasheng import frames
 from midasheng.data.ledger import drop_after
+from midasheng.model.flops import Cost
 from midasheng.sample import Pack
 
 Reduce = Callable[[Tensor], Tensor]  # sum over ranks
@@ -50,6 +53,52 @@ class Meter:
             "slots": int(sums[2 * n + 1]),
             "frames": int(sums[2 * n + 2]),
             "corpora": {c: {"loss_sum": sums[i], "targets": int(sums[n + i])} for i, c in enumerate(self.corpora)},
+        }
+
+
+class Speed:
+    """How fast a run is, on the wall clock: waiting for data, optimizer and checkpoints inside, validation outside.
+
+    Its rows differ from run to run, so they stand in a file of their own (speed.jsonl).
+    """
+
+    def __init__(self, cost: Cost, peak: float, devices: int) -> None:
+        self.cost, self.peak, self.devices = cost, peak, devices
+        self._begin()
+
+    def _begin(self) -> None:
+        self.sums = torch.zeros(5, dtype=torch.float64)  # useful FLOPs, audio s, slots, computed slots, waiting s
+        self.since = time.monotonic()
+
+    def add(self, pack: Pack) -> None:
+        """One trained pack."""
+        useful = sum(self.cost.of(pack).values())
+        audio_s = sum(frames.seconds(c) for c in pack.clips)
+        self.sums[:4] += torch.tensor([useful, audio_s, sum(pack.segments[: len(pack.keys)]), len(pack.ids_T)])
+
+    def waited(self, seconds: float) -> None:
+        """Time between two steps, in which the next batch was not yet there."""
+        self.sums[4] += seconds
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that is not training's."""
+        began = time.monotonic()
+        yield
+        self.since += time.monotonic() - began
+
+    def row(self, reduce: Reduce) -> dict[str, float]:
+        """Since the last row, over all devices; starts again from zero."""
+        seconds = time.monotonic() - self.since
+        useful, audio_s, slots, computed, waiting = reduce(self.sums).tolist()
+        self._begin()
+        return {
+            "seconds": seconds,
+            "audio_h_per_device_h": audio_s / seconds / self.devices,
+            "mfu": useful / seconds / self.devices / self.peak,
+            "slots_per_s": slots / seconds,
+            "decoder_padding": 1 - slots / computed if computed else 0.0,
+            "waiting": waiting / seconds / self.devices,
         }
 
 

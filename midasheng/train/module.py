@@ -24,9 +24,10 @@ from midasheng.data.manifest import MixFile
 from midasheng.data.plan import Planner
 from midasheng.data.room import Course
 from midasheng.model.audio_lm import AudioLM
+from midasheng.model.flops import cost, peak
 from midasheng.sample import counter_seed
 from midasheng.train.listening import ListeningTest
-from midasheng.train.meter import Meter, MetricsFile, add_event
+from midasheng.train.meter import Meter, MetricsFile, Speed, add_event
 from midasheng.train.optim import clip, learning_rate, optimizer
 
 
@@ -83,17 +84,23 @@ class StageModule(L.LightningModule):
         assert self.planner is not None
         self.mix_file.follow(self.planner.changes())
         self.metrics = MetricsFile(self.run / "metrics.jsonl", self.done, write=rank == 0)
+        self.speeds = MetricsFile(self.run / "speed.jsonl", self.done, write=rank == 0)
         assert self.ledger is not None
         self.model.train()
         if self.done == 0:
             self.model.eval()
             self.test.before(self.model, *self._world())
             self._validate(ends=True)
+        at, how = peak(self.device, self.model.compute_dtype or torch.float32)
+        self.speeds.add({"step": self.done, "peak_flops_per_s": at, "peak": how})
+        self.speed = Speed(cost(self.model), at, self.trainer.world_size)
+        self.left = time.monotonic()
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """One optimizer step over this rank's packs. The loss is the sum of token losses over the targets of the whole
         global step: actual counts, reduced before the first backward."""
         assert batch.step == self.done, f"step {self.done} expected, the loader brought {batch.step}"
+        self.speed.waited(time.monotonic() - self.left)
         world, digest = self.trainer.world_size, float(batch.state_after["digest"])
         counts = [sum(p.targets for p in batch.packs), float(self.stop.requested), digest]
         targets, stop, digests = self._sum_over_ranks(torch.tensor(counts, dtype=torch.float64)).tolist()
@@ -115,6 +122,7 @@ class StageModule(L.LightningModule):
                 # DDP takes the mean over ranks: x world makes it the sum
                 self.manual_backward(loss_S.sum() * (world / max(targets, 1.0)))
             self.meter.add(pack, loss_S)
+            self.speed.add(pack)
             step_loss += float(loss_S.detach().sum())
         norm = float(clip(self.model.parameters(), self.stage.optim.clip_norm))
         if not math.isfinite(norm) or not math.isfinite(step_loss):
@@ -122,6 +130,7 @@ class StageModule(L.LightningModule):
         adam.step()
         self.done, self.plan_state = batch.step + 1, batch.state_after
         self._after_step(batch, norm, self.stage.optim.lr * rate, bool(stop))
+        self.left = time.monotonic()
 
     # -- inside a step ----------------------------------------------------------------------------------------------
 
@@ -163,6 +172,9 @@ class StageModule(L.LightningModule):
             row = self.meter.row(self._sum_over_ranks)
             self.metrics.add({"step": self.done, "loss": row["loss"], "lr": lr, "grad_norm": norm, **row})
             self._log({"train/loss": row["loss"], "train/lr": lr, "train/grad_norm": norm})
+            speed = self.speed.row(self._sum_over_ranks)
+            self.speeds.add({"step": self.done, **speed})
+            self._log({f"speed/{name}": value for name, value in speed.items()})
             self._follow_mix_file()
         if self.done % log.val_every == 0 or last:
             self._validate(ends=last)
@@ -190,7 +202,9 @@ class StageModule(L.LightningModule):
     def _log(self, values: dict[str, float]) -> None:
         for logger in self.loggers:
             logger.log_metrics(values, step=self.done)
-        self.shown |= {k.split("/")[1]: v for k, v in values.items() if k.endswith(("loss", "listening"))}
+        self.shown |= {
+            k.split("/")[1]: v for k, v in values.items() if k.endswith(("loss", "listening", "mfu", "waiting"))
+        }
 
     def _world(self) -> tuple[int, int, Callable[[Tensor], Tensor]]:
         return self.trainer.global_rank, self.trainer.world_size, self._sum_over_ranks
@@ -198,7 +212,8 @@ class StageModule(L.LightningModule):
     def _validate(self, *, ends: bool) -> None:
         """Held-out loss and listening difference; `ends`: at the start and the end of the stage, all that is asked."""
         self.model.eval()
-        row = self.test.row(self.model, *self._world(), ends=ends)
+        with self.speed.paused() if hasattr(self, "speed") else contextlib.nullcontext():
+            row = self.test.row(self.model, *self._world(), ends=ends)
         self.model.train()
         self.metrics.add({"step": self.done, **row})
         heard = {"val/listening": row["listening"]["difference"]} if row.get("listening") else {}

@@ -4,8 +4,10 @@ import numpy as np
 import pytest
 import torch
 
+from midasheng.model.flops import Cost, peak
 from midasheng.sample import NO_TARGET, Sample, pack
-from midasheng.train.meter import Meter, MetricsFile, read_metrics
+from midasheng.train import meter as room
+from midasheng.train.meter import Meter, MetricsFile, Speed, read_metrics
 
 
 def sample(corpus: str, slots: int, targets: int, clip: int = 0):
@@ -45,3 +47,57 @@ def test_a_resume_drops_rows_that_come_again(tmp_path):
     assert [r["step"] for r in read_metrics(path)] == [1, 2, 3]
     MetricsFile(path, 0, write=False).add({"step": 9})
     assert len(read_metrics(path)) == 3
+
+
+COST = Cost(frame=1000.0, chunk_squared=10.0, token=100.0, slot=10_000.0, segment_squared=1.0, target=5.0)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands still until it is told."""
+    now = [100.0]
+    monkeypatch.setattr(room.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_speed_is_useful_work_over_the_whole_wall_clock(clock):
+    """Waiting, optimizer and checkpoints are inside; what validation takes is not; the tail of a pack is padding."""
+    speed = Speed(COST, peak=1e6, devices=2)
+    packs = [pack([sample("a", 5, 1, 16_000), sample("b", 5, 4)], 16, 0), pack([sample("b", 8, 5, 32_000)], 8, 0)]
+    for one in packs:
+        speed.add(one)
+    speed.waited(1.5)
+    with speed.paused():
+        clock[0] += 1000
+    clock[0] += 10
+    row = speed.row(lambda t: t)
+    encoder = 1000 * (25 + 50) + 10 * (25**2 + 50**2)
+    useful = encoder + 100 * (5 + 10) + 10_000 * 18 + (25 + 25 + 64) + 5 * 10
+    assert row == pytest.approx(
+        {
+            "seconds": 10, "audio_h_per_device_h": 3 / 10 / 2, "mfu": useful / 10 / 2 / 1e6, "slots_per_s": 1.8,
+            "decoder_padding": 6 / 24, "waiting": 0.15 / 2,
+        }
+    )  # fmt: skip
+    clock[0] += 5
+    assert speed.row(lambda t: t) == {
+        "seconds": 5, "audio_h_per_device_h": 0, "mfu": 0, "slots_per_s": 0, "decoder_padding": 0, "waiting": 0
+    }  # fmt: skip
+
+
+def test_speed_adds_up_over_ranks(clock):
+    """Two ranks with the same work in the same time are twice as fast together, and as busy each."""
+    one, two = (Speed(COST, 1e6, devices) for devices in (1, 2))
+    for speed in (one, two):
+        speed.add(pack([sample("a", 5, 1, 16_000)], 8, 0))
+        speed.waited(1.0)
+    clock[0] += 4
+    alone, together = one.row(lambda t: t), two.row(lambda t: 2 * t)
+    assert together == alone | {"slots_per_s": 2 * alone["slots_per_s"]}
+
+
+def test_the_peak_of_a_cpu_is_measured_and_says_so():
+    flops, how = peak(torch.device("cpu"), torch.float32)
+    assert flops > 1e9
+    assert "measured" in how
+    assert "float32" in how
