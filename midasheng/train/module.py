@@ -87,13 +87,13 @@ class StageModule(L.LightningModule):
         self.speeds = MetricsFile(self.run / "speed.jsonl", self.done, write=rank == 0)
         assert self.ledger is not None
         self.model.train()
+        at, how = peak(self.device, self.model.compute_dtype or torch.float32)
+        self.speeds.add({"step": self.done, "peak_flops_per_s": at, "peak": how})
+        self.speed = Speed(cost(self.model), at, self.trainer.world_size)
         if self.done == 0:
             self.model.eval()
             self.test.before(self.model, *self._world())
             self._validate(ends=True)
-        at, how = peak(self.device, self.model.compute_dtype or torch.float32)
-        self.speeds.add({"step": self.done, "peak_flops_per_s": at, "peak": how})
-        self.speed = Speed(cost(self.model), at, self.trainer.world_size)
         self.left = time.monotonic()
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
@@ -212,7 +212,7 @@ class StageModule(L.LightningModule):
     def _validate(self, *, ends: bool) -> None:
         """Held-out loss and listening difference; `ends`: at the start and the end of the stage, all that is asked."""
         self.model.eval()
-        with self.speed.paused() if hasattr(self, "speed") else contextlib.nullcontext():
+        with self.speed.paused():
             row = self.test.row(self.model, *self._world(), ends=ends)
         self.model.train()
         self.metrics.add({"step": self.done, **row})
