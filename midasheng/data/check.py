@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -229,25 +229,25 @@ def _wrong(corpus: CorpusIndex, number: int, data: bytes | StorageError | Unreac
 
 def _overlap(trained: Sequence[CorpusIndex], everything: Sequence[CorpusIndex], found: Check) -> None:
     """Is a held-out record trained on, as the same bytes under another card or under the same key elsewhere?"""
+    places: dict[tuple[str, int], list[str]] = {}  # of held-out records -> the cards that hold them out
+    keys: dict[bytes, list[str]] = {}
     for kept in everything:
-        at: dict[str, set[int]] = {}
-        for path, offset in kept.held_out_places():
-            at.setdefault(path, set()).add(offset)
-        keys = _held_out_keys(kept)
-        for other in trained:
-            same = other.numbers_at(at)
-            if len(same):
-                found.errors.append(
-                    f"{len(same)} held-out records of {kept.card.name} are trained on by {other.card.name}, e.g. "
-                    f"{other.key(int(same[0]))}; give both cards the same held_out"
-                )
-            # a key may count from zero in each shard, so the same key elsewhere is only a remark
-            again = [n for n in _with_keys(other, keys) if n not in set(same.tolist())]
-            if again:
-                found.remarks.append(
-                    f"{len(again)} training records of {other.card.name} bear the key of a held-out one of "
-                    f"{kept.card.name}, e.g. {other.key(again[0])}; are they the same recordings?"
-                )
+        for place in kept.held_out_places():
+            places.setdefault(place, []).append(kept.card.name)
+        for key in _held_out_keys(kept):
+            keys.setdefault(key, []).append(kept.card.name)
+    for other in trained:
+        same, again = _among(other, places, keys)
+        for name, numbers in same.items():
+            found.errors.append(
+                f"{len(numbers)} held-out records of {name} are trained on by {other.card.name}, e.g. "
+                f"{other.key(numbers[0])}; give both cards the same held_out"
+            )
+        for name, numbers in again.items():
+            found.remarks.append(
+                f"{len(numbers)} training records of {other.card.name} bear the key of a held-out one of {name}, e.g. "
+                f"{other.key(numbers[0])}; are they the same recordings?"
+            )
 
 
 def _held_out_keys(corpus: CorpusIndex) -> set[bytes]:
@@ -259,21 +259,29 @@ def _held_out_keys(corpus: CorpusIndex) -> set[bytes]:
     return found
 
 
-def _with_keys(corpus: CorpusIndex, wanted: set[bytes]) -> list[int]:
-    """Numbers of the training records whose key is among `wanted`."""
-    found: list[int] = []
-    for shard, row in enumerate(corpus.rows if wanted else ()):
+def _among(
+    corpus: CorpusIndex, places: Mapping[tuple[str, int], list[str]], keys: Mapping[bytes, list[str]]
+) -> tuple[dict[str, list[int]], dict[str, list[int]]]:  # fmt: skip
+    """Card -> numbers of this corpus' training records that it holds out: by place, and else by key (a key may count
+    from zero in each shard, so the same key elsewhere need not be the same record)."""
+    same: dict[str, list[int]] = {}
+    again: dict[str, list[int]] = {}
+    for shard, row in enumerate(corpus.rows if keys else ()):
         if not row.train:
             continue
         side, train, _ = corpus.side(shard)
         blob, until = side["keys"].tobytes(), side["key_until"]
-        starts = np.concatenate([[0], until[:-1]])[train].tolist()
-        ends = until[train].tolist()
-        found += [
-            int(corpus.starts[shard]) + i
-            for i, (a, b) in enumerate(zip(starts, ends, strict=True)) if blob[a:b] in wanted
-        ]  # fmt: skip
-    return found
+        starts, ends = np.concatenate([[0], until[:-1]])[train].tolist(), until[train].tolist()
+        for i, key in enumerate(map(blob.__getitem__, map(slice, starts, ends))):
+            if key in keys:
+                number, offset = int(corpus.starts[shard]) + i, int(side["span"][train[i], 0])
+                here = places.get((row.shard.path, offset), [])
+                for name in here:
+                    same.setdefault(name, []).append(number)
+                for name in keys[key]:
+                    if name not in here:
+                        again.setdefault(name, []).append(number)
+    return same, again
 
 
 # -- the plan ----------------------------------------------------------------------------------------------------------
