@@ -22,8 +22,7 @@ SMALL   = $(filter mini generated,$(SCALE))
 STAGE   = $(PY) -m stages.$(1) --scale "$(SCALE)" --runs "$(RUNS)" $(if $(CONFIG),--config "$(CONFIG)") \
           $(if $(NAME),--name "$(NAME)") $(if $(FROM),--from "$(FROM)") $(if $(FRESH),--fresh) $(SET)
 
-ORDERED = $(if $(NAME),--name "$(NAME)") $(if $(TASK),--task "$(TASK)") $(if $(PROMPT),--prompt "$(PROMPT)") \
-          $(if $(COLUMNS),--columns "$(COLUMNS)")
+ASKED   = $(if $(TASK),--task "$(TASK)") $(if $(PROMPT),--prompt "$(PROMPT)") $(if $(COLUMNS),--columns "$(COLUMNS)")
 
 # pip does not compile (three times faster): the first import does, and must be allowed to keep it
 unexport PYTHONDONTWRITEBYTECODE
@@ -63,8 +62,7 @@ stage3: setup  ## supervised fine-tuning of the whole of stage 2, LoRA on all li
 
 finetune: setup  ## DATA (as in prepare, or a folder that it made) -> a tuned model; from stage 2, or FROM=stage3_sft
 	@[ -n "$(DATA)" ] || { echo 'error: say on what: make finetune DATA=my.csv TASK=caption (or PROMPT="...")'; exit 2; }
-	@$(call STAGE,finetune) --data "$(DATA)" $(if $(TASK),--task "$(TASK)") $(if $(PROMPT),--prompt "$(PROMPT)") \
-	  $(if $(COLUMNS),--columns "$(COLUMNS)")
+	@$(call STAGE,finetune) --data "$(DATA)" $(ASKED)
 
 stages:  ## data, then the three stages one after the other, then the curves
 	@[ -z "$(NAME)$(CONFIG)$(FROM)" ] || { echo "error: NAME, CONFIG and FROM belong to one stage: make stage1 NAME=..."; exit 2; }
@@ -79,7 +77,7 @@ index: setup  ## one pass over the shards of SCALE: what is there, what is left 
 
 prepare: setup  ## from DATA (.csv, .tsv, .jsonl, a dataset, cuts, tars) to shards and a card in OUT (data/NAME)
 	@[ -n "$(DATA)" ] || { echo 'error: say what: make prepare DATA=my.csv TASK=caption (or PROMPT="...")'; exit 2; }
-	@$(PY) -m stages.prepare --data "$(DATA)" $(ORDERED) $(if $(OUT),--out "$(OUT)") $(SET)
+	@$(PY) -m stages.prepare --data "$(DATA)" $(if $(NAME),--name "$(NAME)") $(ASKED) $(if $(OUT),--out "$(OUT)") $(SET)
 
 check-data: setup  ## before training: open every shard with the training code, plan ahead, name what is wrong
 	@$(PY) -m stages.check_data --scale "$(SCALE)" --runs "$(RUNS)" $(if $(CONFIG),--config "$(CONFIG)") $(SET)

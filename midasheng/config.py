@@ -171,7 +171,7 @@ class Hardware:
     recompute: list[str] = key(
         [],
         "trained parts whose blocks compute their activations again in the backward pass instead of keeping them: "
-        "audio_encoder, decoder (less memory, a third more time)",
+        "audio_encoder, decoder (less memory, a third more arithmetic)",
         free=True,
     )
     threads: int = key(0, "torch CPU threads per process; 0 leaves torch's own choice", free=True)

@@ -50,6 +50,11 @@ def chunks(n_frames: int) -> list[int]:
     return [min(CHUNK, n_frames - start) for start in range(0, n_frames, CHUNK)]
 
 
+def frame_seconds(n_frames: float) -> float:
+    """Duration in seconds of `n_frames` encoder frames."""
+    return n_frames * PATCH * HOP / SAMPLE_RATE
+
+
 def seconds(n_samples: int) -> float:
     """Duration in seconds of `n_samples` samples."""
     return n_samples / SAMPLE_RATE

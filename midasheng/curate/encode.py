@@ -19,7 +19,8 @@ from midasheng.data.audio import Skip
 from midasheng.frames import MIN_SAMPLES, SAMPLE_RATE
 
 BLOCK_S = 10
-CODECS = {"flac": ("FLAC", "PCM_16"), "opus": ("OGG", "OPUS")}  # extension -> libsndfile's format, subtype
+# codec -> extension in a shard, libsndfile's format and subtype; to libsndfile OPUS is a kind of Ogg file
+CODECS = {"flac": ("flac", "FLAC", "PCM_16"), "opus": ("ogg", "OGG", "OPUS")}
 LOUDEST = 4.0  # of full scale; beyond it the samples are not in -1 to 1 at all, and clipping would leave noise
 Blocks = Iterator[NDArray[np.float32]]  # (samples, channels) each
 
@@ -30,7 +31,7 @@ def encode(audio: Any, codec: str, start_s: float = 0.0, end_s: float | None = N
     Equal audio gives equal bytes. Raises Skip with one of: missing file, unreadable file, empty file, undecodable,
     truncated, rate changes, starts behind its end, not finite, beyond full scale, channels cancel, silent, too short.
     """
-    file_format, subtype = CODECS[codec]
+    _, file_format, subtype = CODECS[codec]
     out = io.BytesIO()
     n_samples, peak, channel_peak = 0, 0, 0.0
     with contextlib.ExitStack() as stack:

@@ -38,7 +38,6 @@ from midasheng.sample import unit_hash
 
 VERSION = 1  # of what is written
 CHUNK = 8  # items that a worker takes at once
-EXTENSION = {"flac": "flac", "opus": "ogg"}  # an Ogg file, to libsndfile
 FEW_HELD_OUT = 16  # records; fewer say nothing
 LENGTHS_S = (0, 1, 5, 10, 20, 30, 60, 300, 900)  # of the report's histogram
 
@@ -214,6 +213,7 @@ class _Shards:
         self.seen = 0
         self._open: dict[str, tuple[_Line, webdataset.TarWriter | None]] = {}
         self._count = Counter(line.split for line in journal.lines if line.shard)
+        self._form = next((line.form for line in journal.lines if line.form), "")
 
     def __enter__(self) -> _Shards:
         self.folder.mkdir(exist_ok=True)
@@ -253,7 +253,7 @@ class _Shards:
                 self._count[split] += 1
                 # a fixed mtime: equal bytes, and no PAX headers, which make reading twice as slow
                 writer = webdataset.TarWriter(str(self.folder / f"{line.shard}.part"), encoder=False, mtime=0)
-            extension = EXTENSION[self.settings.codec]
+            extension = CODECS[self.settings.codec][0]
             writer.write({"__key__": item.key, extension: data, "json": text})
             self._tally(line, item, n_samples)
             line.size += size
@@ -262,8 +262,8 @@ class _Shards:
 
     def _tally(self, line: _Line, item: Item, n_samples: int) -> None:
         form = "questions" if "questions" in item.record else "answers"
-        line.form = line.form or form
-        if form != line.form:
+        line.form = self._form = self._form or form
+        if form != self._form:
             raise UserError(
                 f"some records bring questions of their own, others ({item.where}) do not; prepare them apart"
             )
@@ -338,7 +338,8 @@ def _encoded(
     context = multiprocessing.get_context("fork")
     with ProcessPoolExecutor(workers, context, initializer=_end_with, initargs=(os.getpid(),)) as pool:
         try:
-            for chunk in _chunks(todo):
+            numbered = iter(todo)
+            while chunk := list(itertools.islice(numbered, CHUNK)):
                 try:
                     future = pool.submit(_encode_all, [item for _, item in chunk], codec)
                 except BrokenProcessPool:  # one that was sent before has the crash
@@ -350,17 +351,6 @@ def _encoded(
                 yield from first()
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _chunks(todo: Iterable[tuple[int, Item]]) -> Iterator[list[tuple[int, Item]]]:
-    chunk: list[tuple[int, Item]] = []
-    for one in todo:
-        chunk.append(one)
-        if len(chunk) == CHUNK:
-            yield chunk
-            chunk = []
-    if chunk:
-        yield chunk
 
 
 # -- what it became ----------------------------------------------------------------------------------------------------
@@ -376,10 +366,6 @@ def _report(journal: _Journal, settings: Settings) -> Report:
         if line.records:
             report.records[line.split] = report.records.get(line.split, 0) + line.records
             report.hours[line.split] = report.hours.get(line.split, 0.0) + line.samples / SAMPLE_RATE / 3600
-        if line.form and report.form not in ("", line.form):
-            raise UserError(
-                f"some records bring questions of their own, others ({line.shard}) do not; prepare them apart"
-            )
         report.form = report.form or line.form
         lengths.update({int(low): n for low, n in line.lengths.items()})
         if line.split == "train":
@@ -427,6 +413,3 @@ def _write_manifests(out: Path, settings: Settings, report: Report) -> None:
             part = path.with_suffix(".part")  # half a card would stay for ever
             part.write_text(f"# Written by `make prepare` (../report.json); yours to change.\n{text}", encoding="utf-8")
             os.replace(part, path)
-
-
-assert set(EXTENSION) == set(CODECS)

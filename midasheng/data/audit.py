@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from midasheng import frames
 from midasheng.config import UserError
 from midasheng.data.index import CorpusIndex
 from midasheng.data.ledger import Steps, read_ledger
@@ -201,7 +202,7 @@ class RunLedger:
             corpus = found.corpora[self.corpora[c].card.name]
             corpus.samples += len(trained)
             corpus.holes += len(rows) - len(trained)
-            corpus.hours += float(planned[:, FRAMES].sum()) / 25 / 3600
+            corpus.hours += frames.frame_seconds(float(planned[:, FRAMES].sum())) / 3600
             corpus.targets += int(planned[:, TARGETS].sum())
 
     def _compare_keys(self, found: Audit, part: Steps) -> None:

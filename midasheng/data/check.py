@@ -26,7 +26,7 @@ from midasheng.data.manifest import ManifestError
 from midasheng.data.plan import TRIAL_STEPS, Planned
 from midasheng.data.room import DataRoom, mixes, open_chat, open_corpora, read_data
 from midasheng.data.storage import StorageError, Unreachable, read_many
-from midasheng.frames import HOP, PATCH, SAMPLE_RATE
+from midasheng.frames import frame_seconds
 
 LEAST_SAMPLES = 20_000  # planned in advance
 AT_ONCE = 32  # shards that one process opens together
@@ -312,7 +312,7 @@ def _plan(data: DataRoom, stage: Stage, found: Check) -> None:
         mine, row = rows[rows[:, CORPUS] == number], found.corpora[corpus.card.name]
         slots, n_frames, targets = mine[:, [SLOTS, FRAMES, TARGETS]].sum(axis=0).tolist() if len(mine) else (0, 0, 0)
         row.slots = slots / max(1, len(mine))
-        row.seconds = n_frames * HOP * PATCH / SAMPLE_RATE / max(1, len(mine))
+        row.seconds = frame_seconds(n_frames) / max(1, len(mine))
         row.samples = 100 * len(mine) / len(samples)
         row.audio = 100 * n_frames / max(1, int(sums[1]))
         row.targets = 100 * targets / max(1, int(sums[2]))

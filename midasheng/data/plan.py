@@ -183,7 +183,7 @@ class Planner:
         before = np.cumsum([0, *(len(p.slots) for p in parts)])
         columns = Columns(
             np.concatenate([p.n_samples for p in parts]),
-            np.concatenate([p.until + b for p, b in zip(parts, before, strict=False)]),
+            np.concatenate([p.until + b for p, b in zip(parts, before[:-1], strict=True)]),
             np.concatenate([p.slots for p in parts]), np.concatenate([p.targets for p in parts]),
         )  # fmt: skip
         return Group(int(until[number - 1]) if number else 0, records[order], order, columns)
@@ -445,7 +445,7 @@ def steps_of(text: str, name: str, planner: Planner) -> int:
     trial = [next(planner) for _ in range(TRIAL_STEPS)]
     samples = [s for step in trial for pack in step.packs for s in pack]
     clips = len(samples) / TRIAL_STEPS
-    hours = sum(s.frames for s in samples) / 25 / 3600 / TRIAL_STEPS
+    hours = frames.frame_seconds(sum(s.frames for s in samples)) / 3600 / TRIAL_STEPS
     if unit == "audio_hours" and not hours:
         raise UserError(f"{name}: `{text}` in a mix without audio; write steps, clips or epochs")
     if unit == "epochs":
