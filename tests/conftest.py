@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import threading
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -20,6 +21,7 @@ import soundfile
 import torch
 import webdataset
 import yaml
+from tqdm import tqdm
 
 from midasheng.curate import tokenizer as tokenizer_room
 from midasheng.data.chat import Chat
@@ -30,6 +32,9 @@ from midasheng.data.shard import Reading
 
 CONFIGS = Path(__file__).parent.parent / "configs"
 LANGUAGES = ("English", "Spanish", "French")
+
+# tqdm's own lock is shared by all processes forked from here: a test that kills one under it would hang the next
+tqdm.set_lock(threading.RLock())
 
 
 def tone(seconds: float, seed: int, rate: int = 16_000) -> np.ndarray:

@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import tarfile
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -19,7 +18,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import soundfile
-from tqdm import tqdm
 
 from midasheng.config import UserError
 from midasheng.curate.prepare import Settings, prepare
@@ -306,8 +304,6 @@ def test_killed_at_any_moment_the_same_command_ends_in_the_same_bytes(tmp_path, 
     journal = out / "journal.jsonl"
 
     def run() -> None:
-        # tqdm's own lock is shared by all that were forked from here: who is killed under it would hang the next one
-        tqdm.set_lock(threading.RLock())
         go(unbroken.data, out, *MANY, "workers=2", columns="source=speaker")
         os._exit(0)
 
@@ -457,7 +453,6 @@ def test_workers_of_a_run_that_was_killed_end_too(tmp_path):
             yield item
 
     def run() -> None:
-        tqdm.set_lock(threading.RLock())  # as above
         prepare(slow(), tmp_path / "out", Settings("mine"), "mark", 2)
 
     process = multiprocessing.get_context("fork").Process(target=run)
