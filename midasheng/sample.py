@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -35,8 +35,7 @@ def counter_seed(*parts: object) -> int:
     return int.from_bytes(hashlib.sha256(repr(parts).encode("utf-8")).digest()[:8], "big")
 
 
-@dataclass(frozen=True)
-class Turn:
+class Turn(NamedTuple):
     """One turn of a conversation. `clips` audio clips stand before its text (after it where `text_first`).
 
     `told`: words where a clip will stand, between the same two tokens; for text pretraining.

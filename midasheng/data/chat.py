@@ -80,13 +80,13 @@ class Chat:
         `clip_tokens` must agree in number.
         """
         ids: list[int] = []
-        target: list[bool] = []
-        is_audio: list[bool] = []
+        targets: list[slice] = []  # where tokens count, and where audio stands
+        audio: list[slice] = []
 
-        def add(tokens: Sequence[int], *, counts: bool = False, audio: bool = False) -> None:
+        def add(tokens: Sequence[int], spans: list[slice] | None = None) -> None:
             ids.extend(tokens)
-            target.extend([counts] * len(tokens))
-            is_audio.extend([audio] * len(tokens))
+            if spans is not None:
+                spans.append(slice(len(ids) - len(tokens), len(ids)))
 
         clips = list(clip_tokens)
         announced = sum(t.clips for t in turns)
@@ -94,26 +94,28 @@ class Chat:
         for number, turn in enumerate(turns):
             if number:
                 add(self.text("\n"))
-            add([self.im_start, *self.text(f"{turn.role}\n")])
-            own = turn.role == "assistant"
+            add((self.im_start, *self.text(f"{turn.role}\n")))
+            own = targets if turn.role == "assistant" else None
             if turn.text_first:
-                add(self.text(turn.text), counts=own)
+                add(self.text(turn.text), own)
             for _ in range(turn.clips):
-                add([self.audio_bos])
-                add([self.audio] * clips.pop(0), audio=True)
-                add([self.audio_eos])
+                add((self.audio_bos,))
+                add((self.audio,) * clips.pop(0), audio)
+                add((self.audio_eos,))
             if turn.told:
-                add([self.audio_bos, *self.text(turn.told), self.audio_eos])
+                add((self.audio_bos, *self.text(turn.told), self.audio_eos))
             if not turn.text_first:
-                add(self.text(turn.text), counts=own)
-            add([self.im_end], counts=own)
+                add(self.text(turn.text), own)
+            add((self.im_end,), own)
         if answer_follows:
-            add([*self.text("\n"), self.im_start, *self.text("assistant\n")])
-        ids_T = np.asarray(ids, dtype=np.int64)
-        # slot i must predict token i + 1; shifted here, no segment of a pack predicts another's first token
-        labels = np.full(len(ids), NO_TARGET, dtype=np.int64)
-        labels[:-1] = np.where(target[1:], ids_T[1:], NO_TARGET)
-        return Encoded(ids_T, labels, np.asarray(is_audio, dtype=bool))
+            add((*self.text("\n"), self.im_start, *self.text("assistant\n")))
+        ids_T = np.array(ids, dtype=np.int64)
+        labels, is_audio = np.full(len(ids), NO_TARGET, dtype=np.int64), np.zeros(len(ids), dtype=bool)
+        for span in targets:  # slot i must predict token i + 1; shifted here, no segment predicts another's first token
+            labels[span.start - 1 : span.stop - 1] = ids_T[span]
+        for span in audio:
+            is_audio[span] = True
+        return Encoded(ids_T, labels, is_audio)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids of an answer back to text."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from midasheng import frames
 from midasheng.data.audio import Skip, decode
@@ -142,7 +142,7 @@ class HeldOutSet:
         turns = record.variants[asked.variant].turns
         clips = []
         if kind == NONE:
-            turns = tuple(replace(turn, clips=0) for turn in turns)
+            turns = tuple(turn._replace(clips=0) for turn in turns)
         elif clip_of is not None and clip_of.audio:
             clips = [decode(clip_of.audio.read(), clip_of.n_samples)]
         card = self.corpora[asked.corpus].card

@@ -45,8 +45,7 @@ class IndexMissing(UserError):
 # -- a record ----------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Variant:
+class Variant(NamedTuple):
     """One conversation that a record can become: its turns, its text slots (without audio slots) and its targets."""
 
     turns: tuple[Turn, ...]
@@ -54,8 +53,7 @@ class Variant:
     targets: int
 
 
-@dataclass(frozen=True)
-class Record:
+class Record(NamedTuple):
     """One audio with its variants. `n_samples` at 16 kHz; 0 for a text-only corpus."""
 
     key: str
@@ -258,11 +256,11 @@ class CorpusIndex:
         turns = conversations(self.card, content, f"{path}: {key}.json", self.reading.clips)
         if len(turns) != until - first:
             raise Skip("differs from index")
-        counts = zip(turns, side["slots"][first:until].tolist(), side["targets"][first:until].tolist(), strict=True)
+        slots, targets = (side[name][first:until].tolist() for name in ("slots", "targets"))
         start = int(side["span"][row, 0])
         record = Record(
             key, Place(path, start + audio, audio_size) if audio_size else None, int(side["n_samples"][row]),
-            tuple(Variant(*c) for c in counts), str(content.get(self.card.alike, "")),
+            tuple(map(Variant, turns, slots, targets)), str(content.get(self.card.alike, "")),
         )  # fmt: skip
         return record, data[audio : audio + audio_size]
 

@@ -19,8 +19,8 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from midasheng import frames
 from midasheng.data.audio import Skip, decode
-from midasheng.data.chat import Chat
-from midasheng.data.index import CorpusIndex
+from midasheng.data.chat import Chat, Encoded
+from midasheng.data.index import CorpusIndex, Record
 from midasheng.data.ledger import Skipped
 from midasheng.data.manifest import Card, ManifestError
 from midasheng.data.plan import ALL, Budget, Planned, Planner
@@ -146,11 +146,12 @@ class Loading(Dataset[StepBatch]):
             audio = np.empty(_most_samples(planned), dtype=np.float32)  # clips are decoded to where they stay
             used = 0
             data = read_many([self.corpora[p.corpus].place(p.record) for p in planned])
-            for p, read in zip(planned, data, strict=True):
+            # all texts of a pack, then all clips: in turn, each puts the other out of the processor's caches
+            for p, text in list(zip(planned, map(self._text, planned, data), strict=True)):
                 corpus = self.corpora[p.corpus]
                 good = 1
                 try:
-                    made = self._samples(p, read, audio[used:])
+                    made = self._samples(p, text, audio[used:])
                     samples += made
                     used += sum(len(clip) for s in made for clip in s.clips)
                     checksum = zlib.crc32(f"{corpus.card.name}/{made[0].key}".encode(), checksum)
@@ -163,29 +164,40 @@ class Loading(Dataset[StepBatch]):
         numbers = tuple(n for n, _ in share.packs)
         return StepBatch(share.step, numbers, tuple(packs), tuple(skipped), share.state_after, rows, checksum)
 
-    def _samples(
-        self, p: Planned, read: bytes | StorageError | Unreachable, into: NDArray[np.float32]
-    ) -> list[Sample]:  # fmt: skip
-        """The conversations of one planned sample: one, or all of its record; clips end to end in `into`. Raises
-        Skip."""
+    def _text(self, p: Planned, read: bytes | StorageError | Unreachable) -> tuple[Record, bytes, list[Encoded]] | Skip:
+        """One planned sample: its record, the bytes of its audio, its conversation (all of them where `answers: all`)
+        tokenised."""
         if not isinstance(read, bytes):
-            raise Skip("shard gone" if isinstance(read, StorageError) else "unreachable")
-        corpus = self.corpora[p.corpus]
+            return Skip("shard gone" if isinstance(read, StorageError) else "unreachable")
         try:
-            record, data = corpus.read(p.record, read)
+            record, data = self.corpora[p.corpus].read(p.record, read)
         except ManifestError:  # the index has seen its fields: it is another record now
-            raise Skip("differs from index") from None
+            return Skip("differs from index")
+        except Skip as skip:
+            return skip
         chosen = record.variants if p.variant == ALL else record.variants[p.variant : p.variant + 1]
+        tokens = [frames.audio_tokens(record.n_samples)] if record.audio else []
+        encoded = [self.chat.encode(variant.turns, tokens) for variant in chosen]
+        if sum(len(e.ids) for e in encoded) != p.slots:
+            return Skip("differs from index")  # the shard was written anew under the run
+        return record, data, encoded
+
+    def _samples(
+        self, p: Planned, text: tuple[Record, bytes, list[Encoded]] | Skip, into: NDArray[np.float32]
+    ) -> list[Sample]:  # fmt: skip
+        """The conversations of one planned sample with its clip, end to end in `into`. Raises Skip."""
+        if isinstance(text, Skip):
+            raise text
+        record, data, encoded = text
+        card, length = self.corpora[p.corpus].card, record.n_samples
+        if record.audio:
+            decode(data, length, into[:length])
         samples = []
-        for number, variant in enumerate(chosen):
-            clips = [into[number * record.n_samples : (number + 1) * record.n_samples]] if record.audio else []
+        for number, e in enumerate(encoded):
+            clips = (into[number * length : (number + 1) * length],) if record.audio else ()
             if clips and number:
-                clips[0][:] = into[: record.n_samples]
-            elif clips:
-                decode(data, record.n_samples, clips[0])
-            samples.append(conversation(corpus.card, record.key, variant.turns, clips, self.chat))
-        if sum(len(s.ids) for s in samples) != p.slots:
-            raise Skip("differs from index")  # the shard was written anew under the run
+                clips[0][:] = into[:length]
+            samples.append(Sample(card.name, record.key, card.task, e.ids, e.labels, e.is_audio, clips))
         return samples
 
 

@@ -102,7 +102,7 @@ def conversations(card: Card, content: dict[str, Any], where: str, clips: str = 
     else:
         answers = wanted(card.answer)
         answers = answers if isinstance(answers, list) else [answers]
-        asked = [(filled(p, content), str(a)) for p in card.prompts for a in answers if a]
+        asked = [(q, str(a)) for q in [filled(p, content) for p in card.prompts] for a in answers if a]
     if not asked:
         raise Skip("no text")
     heard = int(card.audio and clips == HEARD)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import orjson
 from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
@@ -198,11 +199,13 @@ def _bytes(file: Any, span: Span) -> bytes:
 def parsed(data: bytes) -> dict[str, Any]:
     """A record's JSON. Raises Skip("json unreadable")."""
     try:
-        content = json.loads(data)
-        if b"\\ud" in data.lower():  # half a character, which no tokenizer takes
+        content = orjson.loads(data)
+    except ValueError:  # so do NaN, which Python writes, and half a character, which no tokenizer takes
+        try:
+            content = json.loads(data)
             json.dumps(content, ensure_ascii=False).encode()
-    except (ValueError, RecursionError):
-        content = None
+        except (ValueError, RecursionError):
+            content = None
     if not isinstance(content, dict):
         raise Skip("json unreadable")
     return content

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import fsspec
 from aiohttp import ClientError
@@ -49,8 +49,7 @@ class ShardFile:
     stamp: str
 
 
-@dataclass(frozen=True)
-class Place:
+class Place(NamedTuple):
     """A range of bytes of a local file or URL."""
 
     path: str

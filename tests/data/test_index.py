@@ -666,7 +666,7 @@ def test_an_index_over_http_reads_equal_to_the_local_one(server, tmp_path, chat,
     assert list(remote.skipped()) == list(local.skipped())
     for number in range(len(local)):
         place = remote.place(number)
-        assert place == replace(local.place(number), path=place.path)
+        assert place == local.place(number)._replace(path=place.path)
         assert place.path.startswith(server.url)
         (ours, ours_audio), (theirs, theirs_audio) = local.read(number), remote.read(number)
         assert (ours_audio, ours.key, ours.variants) == (theirs_audio, theirs.key, theirs.variants)
