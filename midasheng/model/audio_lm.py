@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -14,6 +13,7 @@ from midasheng import frames
 from midasheng.config import UserError
 from midasheng.model.decoder import Decoder
 from midasheng.model.encoder import DashengEncoder, EncoderShape
+from midasheng.model.loss import target_loss
 from midasheng.model.projector import AudioProjector
 from midasheng.sample import NO_TARGET, Pack
 
@@ -89,9 +89,8 @@ class AudioLM(nn.Module):
         hidden_TD = self.hidden(pack)
         at_N = (pack.labels_T != NO_TARGET).nonzero()[:, 0]
         device = hidden_TD.device
-        with torch.autocast(device.type, dtype=self.compute_dtype, enabled=self.compute_dtype is not None):
-            logits_NV = self.decoder.logits(hidden_TD[at_N])
-        losses_N = F.cross_entropy(logits_NV.float(), pack.labels_T[at_N], reduction="none")
+        head_VD = self.decoder.lm_head.weight
+        losses_N = target_loss(hidden_TD[at_N], head_VD, pack.labels_T[at_N], self.compute_dtype)
         number_T = torch.repeat_interleave(
             torch.arange(len(pack.segments), device=device),
             torch.tensor(pack.segments, device=device), output_size=len(pack.ids_T),

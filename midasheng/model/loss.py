@@ -1,0 +1,70 @@
+"""Next-token cross-entropy of the slots that have a target, without ever holding all of their logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+CHUNK = 2**25  # logits at once: 134 MB in float32, 220 slots of a vocabulary of 152k
+
+
+class _TargetLoss(torch.autograd.Function):
+    """Rows in chunks. The gradient of the hidden states is made in the forward pass, while a chunk's logits are there;
+    that of a trained head in the backward pass, from logits made again (a frozen head, as in stages 2 and 3, pays
+    nothing twice)."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, dtype: torch.dtype) -> Tensor:
+        rows = max(1, CHUNK // len(weight_VD))
+        weight = weight_VD.to(dtype)
+        losses_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.promote_types(hidden_ND.dtype, torch.float32))
+        wants = hidden_ND.requires_grad
+        slope_ND = torch.empty_like(hidden_ND) if wants else hidden_ND.new_empty(0)
+        for start in range(0, len(hidden_ND), rows):
+            here = slice(start, start + rows)
+            logits = (hidden_ND[here].to(dtype) @ weight.T).to(losses_N.dtype)
+            total = logits.logsumexp(1)
+            losses_N[here] = total - logits.gather(1, labels_N[here, None])[:, 0]
+            if wants:
+                slope_ND[here] = _slope(logits, total, labels_N[here]).to(dtype) @ weight
+        ctx.save_for_backward(hidden_ND, weight_VD, labels_N, slope_ND)
+        ctx.dtype, ctx.rows = dtype, rows
+        return losses_N
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
+        hidden_ND, weight_VD, labels_N, slope_ND = ctx.saved_tensors
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        by_hidden = slope_ND * grad_N[:, None].to(slope_ND.dtype) if wants_hidden else None
+        by_weight = None
+        if wants_weight:
+            weight, by_weight = weight_VD.to(ctx.dtype), torch.zeros_like(weight_VD)
+            for start in range(0, len(hidden_ND), ctx.rows):
+                here = slice(start, start + ctx.rows)
+                hidden = hidden_ND[here].to(ctx.dtype)
+                logits = (hidden @ weight.T).to(grad_N.dtype)
+                slope = _slope(logits, logits.logsumexp(1), labels_N[here]).mul_(grad_N[here, None])
+                by_weight += (slope.to(ctx.dtype).T @ hidden).to(by_weight.dtype)
+        return by_hidden, by_weight, None, None
+
+
+def _slope(logits: Tensor, total_N: Tensor, labels_N: Tensor) -> Tensor:
+    """Gradient of each row's loss for its logits; takes the place of `logits`."""
+    slope = logits.sub_(total_N[:, None]).exp_()
+    slope[torch.arange(len(slope), device=slope.device), labels_N] -= 1
+    return slope
+
+
+def target_loss(
+    hidden_ND: Float[Tensor, "N D"], weight_VD: Float[Tensor, "V D"], labels_N: Int[Tensor, " N"],
+    dtype: torch.dtype | None = None,
+) -> Float[Tensor, " N"]:  # fmt: skip
+    """Cross-entropy of each row, in float32 (float64 for float64). `labels_N`: a class for every row, none ignored.
+
+    `dtype`: of the products with the head, as autocast would choose it; by default that of the hidden states. Equal to
+    F.cross_entropy(hidden @ weight.T, labels) in value and gradient; holds CHUNK logits at most.
+    """
+    return _TargetLoss.apply(hidden_ND, weight_VD, labels_N, dtype or hidden_ND.dtype)
