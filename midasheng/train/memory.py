@@ -288,10 +288,10 @@ def check(order: Order, lm: AudioLM, sources: Sources, shape: Budget) -> list[st
         if took > limit:
             raise UserError(_too_much(order, shape, took, limit, fits))
     return [
-        f"  memory: a step takes {took / GIB:.3f} GiB with the worst pack, which was run once, of it "
-        f"{memory.state / GIB:.3f} state; {_limit(limit)}",
-        f"  memory: {fit.of(shape) / GIB:.3f} GiB by a fit of {len(TRIED)} smaller packs (off by "
-        f"{fit.residual / GIB:.6f} at most); the largest that fits: {_budget(fits) if fits else 'none'}",
+        f"  memory: a step takes {took / GIB:.4g} GiB with the worst pack, which was run once, of it "
+        f"{memory.state / GIB:.4g} state; {_limit(limit)}",
+        f"  memory: {fit.of(shape) / GIB:.4g} GiB by a fit of {len(TRIED)} smaller packs (off by "
+        f"{fit.residual / GIB:.4g} at most); the largest that fits: {_budget(fits) if fits else 'none'}",
     ]
 
 
@@ -309,12 +309,12 @@ def _budget(shape: Budget) -> str:
 
 
 def _limit(limit: float) -> str:
-    return f"allowed are {limit / GIB:.3f} ({100 * ALLOWED:.0f} % of {limit / ALLOWED / GIB:.3f})"
+    return f"allowed are {limit / GIB:.4g} ({100 * ALLOWED:.0f} % of {limit / ALLOWED / GIB:.4g})"
 
 
 def _too_much(order: Order, shape: Budget, needs: float, limit: float, fits: Budget | None) -> str:
     return (
-        f"{_budget(shape)}: a step takes {needs / GIB:.3f} GiB of memory, {_limit(limit)}; {remedy(order, shape, fits)}"
+        f"{_budget(shape)}: a step takes {needs / GIB:.4g} GiB of memory, {_limit(limit)}; {remedy(order, shape, fits)}"
     )
 
 
