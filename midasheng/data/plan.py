@@ -419,16 +419,12 @@ def check_fits(planner: Planner) -> None:
 
 def named(key: str, slots: int, n_frames: int, shape: Budget) -> str:
     """The dearest of the samples that fit no pack, and what to write about them."""
+    larger = [f"batch.pack_slots={-(-slots // SLOT_UNIT) * SLOT_UNIT} (kind throughput)"] * (slots > shape.pack_slots)
+    larger += [f"batch.pack_frames={n_frames}"] * (n_frames > shape.pack_frames)
     return (
         f"the longest, {key}, is {frames.frame_seconds(n_frames):.1f} s and {slots} slots. Lower batch.packs_per_step "
-        f"or data.max_audio_s (kind throughput: batch.pack_slots={slots_for(shape, slots, n_frames)})"
+        f"or data.max_audio_s, or write {' and '.join(larger)}"
     )
-
-
-def slots_for(shape: Budget, slots: int, n_frames: int) -> int:
-    """Slots of a pack in the proportions of `shape` that has room for this much; a multiple of 256."""
-    in_frames = -(-n_frames * shape.pack_slots // max(1, shape.pack_frames))
-    return -(-max(slots, in_frames) // SLOT_UNIT) * SLOT_UNIT
 
 
 def mean_cost(corpora: Sequence[Corpus], percent: Sequence[float]) -> tuple[float, float]:

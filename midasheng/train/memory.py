@@ -13,13 +13,14 @@ from itertools import islice
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from midasheng import config, frames
 from midasheng.config import AUTO, ConfigError, Stage, UserError
-from midasheng.data.plan import SLOT_UNIT, Budget, Planner, slots_for
+from midasheng.data.plan import SLOT_UNIT, Budget, Planner
 from midasheng.data.room import Sources
 from midasheng.model.audio_lm import AudioLM
 from midasheng.sample import NO_TARGET, Pack, Sample, pack
@@ -30,7 +31,7 @@ ALLOWED = 0.9  # of the memory: allocators fragment it, and libraries keep works
 TRIED = ((0.25, 0.25), (0.25, 0.5), (0.375, 0.375), (0.5, 0.5))  # (frames, slots) as parts of a full pack
 LEAST_TRIED = 2048  # slots of a full pack, where its size is to be found
 LOOK = 8  # steps of the plan whose packs say how many targets there are
-MOST_SLOTS = 2**20  # of a pack: more is a fit that went wrong
+MOST_SLOTS, MOST_PACKS = 2**20, 2**12  # of a pack, of a step: beyond them nothing is proposed
 WAIT_S = 600.0  # for the first process to find the size of a pack
 GIB = 2**30
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
@@ -136,32 +137,37 @@ def full_pack(n_frames: int, slots: int, most: Dearest, vocabulary: int) -> Pack
 
 @dataclass(frozen=True)
 class Fit:
-    """Peak bytes of a step = base + per_frame * frames + per_slot * slots; `residual`: of the pack it misses most."""
+    """Peak bytes of a step with one full pack = pack @ (1, frames, slots), and of each pack that lies ready, itself
+    included, loaded @ (1, frames, slots); `residual`: of the pack it misses most."""
 
-    base: float
-    per_frame: float
-    per_slot: float
+    pack: NDArray[np.float64]
+    loaded: NDArray[np.float64]
     residual: float
 
-    def of(self, shape: Budget) -> float:
-        """What a full pack takes, the residual on top."""
-        return self.base + self.per_frame * shape.pack_frames + self.per_slot * shape.pack_slots + self.residual
+    def of(self, shape: Budget, packs: int) -> float:
+        """What a step of `packs` full packs takes, the residual on top."""
+        return float((self.pack + packs * self.loaded) @ (1, shape.pack_frames, shape.pack_slots)) + self.residual
 
 
 class Memory:
     """Steps of one process on its device. `packs`: how many of a step it runs; `world`: processes."""
 
     def __init__(self, lm: AudioLM, stage: Stage, device: torch.device, most: Dearest, packs: int, world: int) -> None:
-        self.lm, self.device, self.most, self.packs = lm, device, most, packs
+        self.lm, self.device, self.most, self.packs, self.world = lm, device, most, packs, world
         self.learn = [p for p in lm.parameters() if p.requires_grad]
-        gradients = sum(p.numel() * p.element_size() for p in self.learn)
+        self.gradients = gradients = sum(p.numel() * p.element_size() for p in self.learn)
         # the first pack of a step makes the gradients, the others find them; DDP keeps a copy of them to send
         self.beside = optim.state_bytes(self.learn, stage.optim.name) + (gradients if world > 1 else 0)
         self.state = size_of([*lm.parameters(), *lm.buffers()]) + gradients + self.beside
         self.before = self.state - (0 if packs > 1 else gradients)  # of a pack
 
     def step(self, n_frames: int, slots: int) -> int:
-        """Peak bytes of a step whose packs are full, by running one forward and backward. Leaves no trace: gradients,
+        """Peak bytes of a step whose packs are full, by running one forward and backward."""
+        pack, loaded = self.tried(n_frames, slots)
+        return pack + self.packs * loaded
+
+    def tried(self, n_frames: int, slots: int) -> tuple[int, int]:
+        """(peak bytes of a step beside the packs that lie ready, bytes of such a pack). Leaves no trace: gradients,
         modes and random generators are as they were."""
         row = full_pack(n_frames, slots, self.most, self.lm.decoder.config.vocab_size)
         loaded = size_of([t for t in vars(row).values() if isinstance(t, Tensor)])
@@ -174,7 +180,7 @@ class Memory:
                 for p in self.learn:
                     p.grad = torch.zeros_like(p) if self.packs > 1 else None
                 grown = peak_bytes(lambda: self.lm(row).sum().backward(), self.device)
-                return self.before + self.packs * loaded + grown
+                return self.before + grown, loaded
             finally:
                 for p, gradient in zip(self.learn, found, strict=True):
                     p.grad = gradient
@@ -183,12 +189,21 @@ class Memory:
 
     def fit(self, shape: Budget) -> Fit:
         """Try parts of a full pack and fit them."""
-        tried = [(int(shape.pack_frames * f), max(1, int(shape.pack_slots * s))) for f, s in TRIED]
-        self.step(*tried[0])  # tables and workspaces that stay
-        took = np.array([self.step(*size) for size in tried])
-        known = np.array([(1.0, *size) for size in tried])
-        base, per_frame, per_slot = by = np.linalg.lstsq(known, took, rcond=None)[0]
-        return Fit(float(base), float(per_frame), float(per_slot), float(np.abs(known @ by - took).max()))
+        sizes = [(int(shape.pack_frames * f), max(1, int(shape.pack_slots * s))) for f, s in TRIED]
+        self.tried(*sizes[0])  # tables and workspaces that stay
+        took = np.array([self.tried(*size) for size in sizes], dtype=np.float64)
+        known = np.array([(1.0, *size) for size in sizes])
+        found = np.linalg.lstsq(known, took, rcond=None)[0]
+        return Fit(found[:, 0], found[:, 1], float(np.abs(known @ found - took)[:, 0].max()))
+
+    def needs(self, fit: Fit, shape: Budget) -> float:
+        """Peak bytes of a step by the fit, also with another number of packs."""
+        packs = -(-shape.packs_per_step // self.world)
+        return fit.of(shape, packs) + (self.gradients if packs > 1 and self.packs == 1 else 0)
+
+    def largest(self, fit: Fit, stage: Stage, shape: Budget, limit: float) -> Budget | None:
+        """The largest budget that a user could choose instead of `shape`; None where none fits."""
+        return largest(stage, shape, lambda other: self.needs(fit, other) <= limit)
 
     def worst(self, shape: Budget) -> int:
         """Peak bytes of a full pack, run with all that will stand beside it. Raises out-of-memory errors."""
@@ -199,13 +214,28 @@ class Memory:
             del ballast
 
 
-def largest(fit: Fit, shape: Callable[[int], Budget], allowed: float) -> Budget | None:
-    """The largest budget that fits, in steps of SLOT_UNIT slots; None where there is none."""
-    low, high = 0, MOST_SLOTS // SLOT_UNIT
+def candidates(stage: Stage, shape: Budget) -> tuple[Callable[[int], Budget], int]:
+    """Budgets that a user could choose instead of `shape`, numbered from 1, small to large, and how many: other slots
+    of a pack, or (kind report, where the slots of a step are given) other numbers of packs."""
+
+    def scaled(slots: int, packs: int) -> Budget:
+        in_proportion = -(-slots * shape.pack_frames // shape.pack_slots)
+        return Budget(slots, stage.batch.pack_frames or in_proportion, packs)
+
+    if stage.batch.kind == "report":
+        whole = shape.pack_slots * shape.packs_per_step
+        return lambda n: scaled(-(-whole // (MOST_PACKS + 1 - n)), MOST_PACKS + 1 - n), MOST_PACKS
+    return lambda n: scaled(n * SLOT_UNIT, shape.packs_per_step), MOST_SLOTS // SLOT_UNIT
+
+
+def largest(stage: Stage, shape: Budget, fits: Callable[[Budget], bool]) -> Budget | None:
+    """The largest of the candidates that fits; None where none does."""
+    choose, high = candidates(stage, shape)
+    low = 0
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if fit.of(shape(middle * SLOT_UNIT)) <= allowed else (low, middle - 1)
-    return shape(low * SLOT_UNIT) if low else None
+        low, high = (middle, high) if fits(choose(middle)) else (low, middle - 1)
+    return choose(low) if low else None
 
 
 # -- a run -------------------------------------------------------------------------------------------------------------
@@ -259,13 +289,12 @@ def pack_slots(order: Order, sources: Sources, build: Callable[[], AudioLM]) -> 
         if not limit:
             raise ConfigError(f"batch.pack_slots={AUTO}: on a CPU say how much there is: hardware.memory_gib=...")
         shape = sources.shape(stage, LEAST_TRIED)
-        shape = sources.shape(stage, max(LEAST_TRIED, slots_for(shape, *sources.most())))
         with measured(build(), order, sources, shape) as memory:
             for _ in range(2):  # the second time near what is asked
-                best = largest(memory.fit(shape), lambda slots: sources.shape(stage, slots), limit)
-                if best is None:
+                fits = memory.largest(memory.fit(shape), stage, shape, limit)
+                if fits is None:
                     raise UserError(f"batch.pack_slots={AUTO}: {_too_much(order, shape, memory.state, limit, None)}")
-                shape = best
+                shape = fits
         found = shape.pack_slots
     batch = dataclasses.replace(stage.batch, pack_slots=found)
     origin = order.loaded.origin | {"batch.pack_slots": f"{AUTO}: what memory allowed"}
@@ -281,27 +310,22 @@ def check(order: Order, lm: AudioLM, sources: Sources, shape: Budget) -> list[st
         return []
     with measured(lm, order, sources, shape) as memory:
         fit = memory.fit(shape)
-        fits = largest(fit, lambda slots: _scaled(stage, shape, slots), limit)
-        if fit.of(shape) > limit:
-            raise UserError(_too_much(order, shape, fit.of(shape), limit, fits))
+        needs = memory.needs(fit, shape)
+        fits = memory.largest(fit, stage, shape, limit)
+        if needs > limit:
+            raise UserError(_too_much(order, shape, needs, limit, fits))
         took = memory.worst(shape)
         if took > limit:
             raise UserError(_too_much(order, shape, took, limit, fits))
     return [
         f"  memory: a step takes {took / GIB:.4g} GiB with the worst pack, which was run once, of it "
         f"{memory.state / GIB:.4g} state; {_limit(limit)}",
-        f"  memory: {fit.of(shape) / GIB:.4g} GiB by a fit of {len(TRIED)} smaller packs (off by "
+        f"  memory: {needs / GIB:.4g} GiB by a fit of {len(TRIED)} smaller packs (off by "
         f"{fit.residual / GIB:.4g} at most); the largest that fits: {_budget(fits) if fits else 'none'}",
     ]
 
 
 # -- in words ----------------------------------------------------------------------------------------------------------
-
-
-def _scaled(stage: Stage, shape: Budget, slots: int) -> Budget:
-    """Packs of so many slots in the proportions of `shape`."""
-    n_frames = stage.batch.pack_frames or slots * shape.pack_frames // shape.pack_slots
-    return dataclasses.replace(shape, pack_slots=slots, pack_frames=n_frames)
 
 
 def _budget(shape: Budget) -> str:
@@ -322,8 +346,7 @@ def remedy(order: Order, shape: Budget, fits: Budget | None) -> str:
     """What to write when a pack takes too much. A run that has begun keeps its packs."""
     stage = order.stage
     if stage.batch.kind == "report":
-        packs = -(-shape.pack_slots * shape.packs_per_step // fits.pack_slots) if fits else 2 * shape.packs_per_step
-        write = [f"batch.packs_per_step={packs}"]
+        write = [f"batch.packs_per_step={fits.packs_per_step if fits else 2 * shape.packs_per_step}"]
     else:
         write = [f"batch.pack_slots={fits.pack_slots if fits else shape.pack_slots // 2}"]
     if (order.folder / "config.yaml").is_file() and not order.fresh:
