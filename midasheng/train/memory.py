@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -31,7 +32,7 @@ ALLOWED = 0.9  # of the memory: allocators fragment it, and libraries keep works
 TRIED = ((0.25, 0.25), (0.25, 0.5), (0.375, 0.375), (0.5, 0.5))  # (frames, slots) as parts of a full pack
 LEAST_TRIED = 2048  # slots of a full pack, where its size is to be found
 LOOK = 8  # steps of the plan whose packs say how many targets there are
-MOST_SLOTS, MOST_PACKS = 2**20, 2**12  # of a pack, of a step: beyond them nothing is proposed
+MOST_UNITS, MOST_PACKS = 2**12, 2**12  # of slots, packs of a step: beyond them nothing is proposed
 WAIT_S = 600.0  # for the first process to find the size of a pack
 GIB = 2**30
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
@@ -135,18 +136,13 @@ def full_pack(n_frames: int, slots: int, most: Dearest, vocabulary: int) -> Pack
 # -- what a pack takes -------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class Fit:
-    """Peak bytes of a step with one full pack = pack @ (1, frames, slots), and of each pack that lies ready, itself
-    included, loaded @ (1, frames, slots); `residual`: of the pack it misses most."""
+class Fit(NamedTuple):
+    """Lines in (1, frames, slots) of a full pack: peak bytes of a step beside the packs that lie ready, and bytes of
+    such a pack; `residual`: of the tried pack that the first misses most."""
 
-    pack: NDArray[np.float64]
+    step: NDArray[np.float64]
     loaded: NDArray[np.float64]
     residual: float
-
-    def of(self, shape: Budget, packs: int) -> float:
-        """What a step of `packs` full packs takes, the residual on top."""
-        return float((self.pack + packs * self.loaded) @ (1, shape.pack_frames, shape.pack_slots)) + self.residual
 
 
 class Memory:
@@ -197,13 +193,26 @@ class Memory:
         return Fit(found[:, 0], found[:, 1], float(np.abs(known @ found - took)[:, 0].max()))
 
     def needs(self, fit: Fit, shape: Budget) -> float:
-        """Peak bytes of a step by the fit, also with another number of packs."""
+        """Peak bytes of a step by the fit, its residual on top; also with another number of packs."""
         packs = -(-shape.packs_per_step // self.world)
-        return fit.of(shape, packs) + (self.gradients if packs > 1 and self.packs == 1 else 0)
+        full = float((fit.step + packs * fit.loaded) @ (1, shape.pack_frames, shape.pack_slots))
+        return full + fit.residual + (self.gradients if packs > 1 and self.packs == 1 else 0)
 
     def largest(self, fit: Fit, stage: Stage, shape: Budget, limit: float) -> Budget | None:
-        """The largest budget that a user could choose instead of `shape`; None where none fits."""
-        return largest(stage, shape, lambda other: self.needs(fit, other) <= limit)
+        """The largest budget that fits among those a user could choose instead of `shape`: other slots of a pack, or
+        (kind report, where the slots of a step are given) another number of packs. None where none does."""
+        report = stage.batch.kind == "report"
+        low, high = 0, MOST_PACKS if report else MOST_UNITS
+
+        def choice(number: int) -> Budget:  # from small to large
+            packs = MOST_PACKS + 1 - number if report else shape.packs_per_step
+            slots = -(-shape.pack_slots * shape.packs_per_step // packs) if report else number * SLOT_UNIT
+            return Budget(slots, stage.batch.pack_frames or -(-slots * shape.pack_frames // shape.pack_slots), packs)
+
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.needs(fit, choice(middle)) <= limit else (low, middle - 1)
+        return choice(low) if low else None
 
     def worst(self, shape: Budget) -> int:
         """Peak bytes of a full pack, run with all that will stand beside it. Raises out-of-memory errors."""
@@ -212,30 +221,6 @@ class Memory:
             return self.step(shape.pack_frames, shape.pack_slots)
         finally:
             del ballast
-
-
-def candidates(stage: Stage, shape: Budget) -> tuple[Callable[[int], Budget], int]:
-    """Budgets that a user could choose instead of `shape`, numbered from 1, small to large, and how many: other slots
-    of a pack, or (kind report, where the slots of a step are given) other numbers of packs."""
-
-    def scaled(slots: int, packs: int) -> Budget:
-        in_proportion = -(-slots * shape.pack_frames // shape.pack_slots)
-        return Budget(slots, stage.batch.pack_frames or in_proportion, packs)
-
-    if stage.batch.kind == "report":
-        whole = shape.pack_slots * shape.packs_per_step
-        return lambda n: scaled(-(-whole // (MOST_PACKS + 1 - n)), MOST_PACKS + 1 - n), MOST_PACKS
-    return lambda n: scaled(n * SLOT_UNIT, shape.packs_per_step), MOST_SLOTS // SLOT_UNIT
-
-
-def largest(stage: Stage, shape: Budget, fits: Callable[[Budget], bool]) -> Budget | None:
-    """The largest of the candidates that fits; None where none does."""
-    choose, high = candidates(stage, shape)
-    low = 0
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if fits(choose(middle)) else (low, middle - 1)
-    return choose(low) if low else None
 
 
 # -- a run -------------------------------------------------------------------------------------------------------------

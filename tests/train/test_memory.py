@@ -25,7 +25,7 @@ from midasheng.model.encoder import EncoderShape
 from midasheng.sample import Pack
 from midasheng.train import fit as fit_room
 from midasheng.train import memory, optim
-from midasheng.train.memory import GIB, Dearest, Memory, full_pack, largest, peak_bytes
+from midasheng.train.memory import GIB, Dearest, Fit, Memory, full_pack, peak_bytes
 from midasheng.train.meter import read_metrics
 from midasheng.train.module import StageModule, Stopped
 from tests.conftest import (
@@ -245,7 +245,7 @@ def test_a_step_takes_what_was_predicted(make, packs, recompute, half):
     fit = tried.fit(Budget(400, 504, packs))
     assert tried.needs(fit, Budget(400, 504, packs)) == pytest.approx(took, rel=0.03)
     assert 0 < fit.residual < 0.01 * took
-    assert min(fit.pack[1:]) > 0
+    assert min(fit.step[1:]) > 0
     assert fit.loaded[1:] == pytest.approx([4 * 640, 25], rel=0.2)  # samples; ids, labels, positions, is_audio
     other = memory_of(lm, 5)
     assert tried.needs(fit, Budget(400, 504, 5)) == pytest.approx(other.step(504, 400), rel=0.03)
@@ -262,25 +262,41 @@ def test_what_is_counted_beside_a_pack():
     assert one.state >= parameters + gradients + one.beside
 
 
+@pytest.mark.parametrize("packs", [1, 3])
 @pytest.mark.parametrize("kind", ["report", "throughput"])
-def test_the_largest_budget_is_the_last_that_fits(kind):
+def test_the_largest_budget_is_the_last_that_fits(kind, packs):
+    """The next larger one does not: 256 slots more of a pack, or one pack less that has them all."""
     stage = config.Stage(batch=config.Batch(kind=kind))
-    shape = Budget(1000, 500, 6)
-    choose, many = memory.candidates(stage, shape)
-    sizes = [choose(n) for n in range(1, many + 1)]
-    assert sizes == sorted(sizes, key=lambda b: b.pack_slots)
-    for b in sizes[-5000::7]:
-        assert b.pack_frames == -(-b.pack_slots // 2)
+    shape, step = Budget(1000, 500, packs), memory_of(lora_lm(), packs)
+    fit = Fit(np.array([1000.0, 2.0, 10.0]), np.array([0.0, 0.5, 0.25]), 50.0)
+    chosen = []
+    for limit in (2_000, 5_000, 16_000, 40_000, 80_000):
+        best = step.largest(fit, stage, shape, limit + (step.gradients if packs == 1 and kind == "report" else 0))
+        if best is None:
+            continue
+        chosen.append(best)
+        more = best.packs_per_step
+        assert best.pack_frames == -(-best.pack_slots // 2)
         if kind == "report":
-            assert 0 <= b.pack_slots * b.packs_per_step - 6000 < b.packs_per_step
+            assert best.pack_slots == -(-1000 * packs // more)
+            next_one = (
+                Budget(-(-1000 * packs // (more - 1)), -(-500 * packs // (more - 1)), more - 1) if more > 1 else None
+            )
         else:
-            assert b.pack_slots % 256 == 0
-            assert b.packs_per_step == 6
-    for b in (sizes[0], sizes[7], sizes[-2], sizes[-1]):
-        assert largest(stage, shape, lambda other, b=b: other.pack_slots <= b.pack_slots).pack_slots == b.pack_slots
-    assert largest(stage, shape, lambda _: False) is None
+            assert (best.pack_slots % 256, more) == (0, packs)
+            next_one = Budget(best.pack_slots + 256, -(-(best.pack_slots + 256) // 2), packs)
+
+        def by_hand(b: Budget) -> float:
+            each = 1050 + 2 * b.pack_frames + 10 * b.pack_slots
+            again = b.packs_per_step * (0.5 * b.pack_frames + 0.25 * b.pack_slots)
+            return each + again - (step.gradients if packs == 1 and b.packs_per_step == 1 and kind == "report" else 0)
+
+        assert by_hand(best) <= limit
+        assert next_one is None or by_hand(next_one) > limit
+    assert len({b.pack_slots for b in chosen}) >= 2
+    assert step.largest(fit, stage, shape, 1_049) is None
     stage.batch.pack_frames = 77
-    assert memory.candidates(stage, shape)[0](9).pack_frames == 77
+    assert step.largest(fit, stage, shape, 1e9).pack_frames == 77
 
 
 # -- a run -------------------------------------------------------------------------------------------------------------
