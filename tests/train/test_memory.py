@@ -571,8 +571,7 @@ def test_records_over_a_size_are_those_that_cost_more(tiny_data, chat):
 
 
 def test_a_clip_of_15_minutes_goes_through_stage_2_in_one_piece(tiny, tmp_path, monkeypatch):
-    """4,500 audio tokens in one segment, at the encoder and decoder widths of mini; where packs are too small, it is
-    named with what to write instead."""
+    """4,500 audio tokens in one segment; where packs are too small, it is named with what to write instead."""
     more = with_talk(tiny, tmp_path, 900.0) | {"data__max_audio_s": 1000}
     run_stage("stage1_align", tiny, tmp_path / "runs", **more | {"data__max_audio_s": 10, "batch__pack_slots": 300})
     more |= {"run__length": "2 steps", "batch__packs_per_step": 1, "log__val_every": 100, "data__val_clips": 2}
