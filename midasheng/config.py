@@ -174,6 +174,8 @@ class Hardware:
         "audio_encoder, decoder (less memory, a third more arithmetic)",
         free=True,
     )
+    attention: str = key("auto", "sdpa, varlen (half precision on a GPU), or auto: varlen where it runs", free=True)
+    compile: bool = key(False, "torch.compile the blocks of both towers (a GPU; it made CPUs slower)", free=True)
     threads: int = key(0, "torch CPU threads per process; 0 leaves torch's own choice", free=True)
 
 

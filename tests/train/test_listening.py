@@ -141,7 +141,7 @@ def one_by_one(model: AudioLM, asked: HeldOutSet, kind: str) -> Tensor:
             single = HeldOutSet(asked.name, asked.corpora, asked.chat, alone, 0)
             single.asked = [a]
             ((_, pack),) = single.packs(kind)
-            sums[number] = torch.tensor([float(model(pack).double().sum()), pack.targets])
+            sums[number] = torch.tensor([float(model(pack).double().sum()), sum(pack.targets)])
     return sums
 
 

@@ -76,12 +76,13 @@ def test_speed_is_useful_work_over_the_whole_wall_clock(clock):
     assert row == pytest.approx(
         {
             "seconds": 10, "audio_h_per_device_h": 3 / 10 / 2, "mfu": useful / 10 / 2 / 1e6, "slots_per_s": 1.8,
-            "decoder_padding": 6 / 24, "waiting": 0.15 / 2,
+            "encoder_padding": 0, "decoder_padding": 6 / 24, "waiting": 0.15 / 2,
         }
     )  # fmt: skip
     clock[0] += 5
     assert speed.row(lambda t: t) == {
-        "seconds": 5, "audio_h_per_device_h": 0, "mfu": 0, "slots_per_s": 0, "decoder_padding": 0, "waiting": 0
+        "seconds": 5, "audio_h_per_device_h": 0, "mfu": 0, "slots_per_s": 0, "encoder_padding": 0,
+        "decoder_padding": 0, "waiting": 0
     }  # fmt: skip
 
 
