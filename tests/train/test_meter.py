@@ -86,6 +86,14 @@ def test_speed_is_useful_work_over_the_whole_wall_clock(clock):
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(("real", "padded"), [(16, 0.0), (4, 0.75), (0, 1.0)])
+def test_padding_is_the_padded_share_and_not_its_complement(clock, real, padded):
+    speed = Speed(COST, peak=1e6, devices=1)
+    speed.add(pack([sample("a", real, 1)] if real else [], 16, 0))
+    clock[0] += 1
+    assert speed.row(lambda t: t)["decoder_padding"] == padded
+
+
 def test_speed_adds_up_over_ranks(clock):
     """Two ranks with the same work in the same time are twice as fast together, and as busy each."""
     one, two = (Speed(COST, 1e6, devices) for devices in (1, 2))
