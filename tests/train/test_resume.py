@@ -24,7 +24,7 @@ from midasheng.data.loader import steps_ahead
 from midasheng.data.room import read_data
 from midasheng.train import fit as fit_room
 from midasheng.train import order as order_room
-from midasheng.train.meter import Meter, read_metrics
+from midasheng.train.meter import read_metrics
 from midasheng.train.module import NotFinite, StageModule, Stopped
 from tests.conftest import (
     Row,
@@ -135,14 +135,14 @@ def death() -> None:
 
 def interrupt_behind_pack(monkeypatch: pytest.MonkeyPatch, number: int, interruption: Callable[[], None]) -> None:
     """When pack `number` (from 1, since the start or resume) has added its gradients, and before the next one has."""
-    add, packs = Meter.add, itertools.count(1)
+    backward, packs = StageModule.manual_backward, itertools.count(1)
 
-    def interrupted(self, pack, loss_S):
-        add(self, pack, loss_S)
+    def interrupted(self, loss):
+        backward(self, loss)
         if next(packs) == number:
             interruption()
 
-    monkeypatch.setattr(Meter, "add", interrupted)
+    monkeypatch.setattr(StageModule, "manual_backward", interrupted)
 
 
 def test_interrupted_in_the_middle_of_an_accumulation_equals_unbroken(tiny, tmp_path, monkeypatch):
