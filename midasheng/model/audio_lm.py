@@ -100,7 +100,7 @@ class AudioLM(nn.Module):
         losses_N = target_loss(hidden_TD.index_select(0, at_N), head_VD, pack.labels_T[at_N], self.compute_dtype)
         number_N = torch.bucketize(at_N, pack.segment_bounds[1:].long(), right=True)
         # hidden_TD[:0].sum() keeps a pack without any target attached to the graph
-        zeros_S = torch.zeros(len(pack.segments), device=at_N.device) + hidden_TD[:0].float().sum()
+        zeros_S = losses_N.new_zeros(len(pack.segments)) + hidden_TD[:0].to(losses_N.dtype).sum()
         return zeros_S.index_add(0, number_N, losses_N)
 
     @torch.no_grad()

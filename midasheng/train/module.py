@@ -208,9 +208,8 @@ class StageModule(L.LightningModule):
     def _log(self, values: dict[str, float]) -> None:
         for logger in self.loggers:
             logger.log_metrics(values, step=self.done)
-        self.shown |= {
-            k.split("/")[1]: v for k, v in values.items() if k.endswith(("loss", "listening", "mfu", "waiting"))
-        }
+        hidden = ("lr", "grad_norm", "seconds")
+        self.shown |= {name: v for k, v in values.items() if (name := k.split("/")[1]) not in hidden}
 
     def _world(self) -> tuple[int, int, Callable[[Tensor], Tensor]]:
         return self.trainer.global_rank, self.trainer.world_size, self._sum_over_ranks

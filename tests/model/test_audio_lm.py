@@ -16,7 +16,21 @@ from midasheng.model import adapt, attention, encoder
 from midasheng.model.attention import dense_attention
 from midasheng.model.audio_lm import AudioLM
 from midasheng.sample import NO_TARGET, Pack, Sample, pack
-from tests.model import AUDIO, FIELDS, OMNI, PAD, QWEN3, TINY, VOCAB, conversation, gradients, logits, packed, tiny_lm
+from tests.model import (
+    AUDIO,
+    FIELDS,
+    LLAMA,
+    OMNI,
+    PAD,
+    QWEN3,
+    TINY,
+    VOCAB,
+    conversation,
+    gradients,
+    logits,
+    packed,
+    tiny_lm,
+)
 
 BOTH = pytest.mark.parametrize("architecture", [OMNI, QWEN3])
 
@@ -45,9 +59,22 @@ def difference_to_one_by_one(lm: AudioLM) -> float:
     return float(worst)
 
 
-@BOTH
-def test_packed_is_one_by_one(architecture):
-    assert difference_to_one_by_one(tiny_lm(architecture)) < 1e-5
+@pytest.mark.parametrize("architecture", [OMNI, QWEN3, LLAMA])
+@pytest.mark.parametrize("recompute", [(), ("audio_encoder", "decoder")], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_packed_is_one_by_one(architecture, recompute, training):
+    """Loss and every gradient, in float64 to 1e-12: what differs in float32 is rounding and nothing else."""
+    lm = tiny_lm(architecture)
+    lm.recompute(recompute)
+    assert difference_to_one_by_one(lm.train(training)) < 3e-6
+    bn = lm.double().audio_encoder.init_bn  # always float32 otherwise
+
+    def in_float64(mel):
+        scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
+        return (mel.double() - bn.running_mean[:, None]) * scale[:, None] + bn.bias[:, None]
+
+    bn.forward = in_float64
+    assert difference_to_one_by_one(lm) < 1e-12
 
 
 def ignores_segments(q, k, v, segments, *, causal, scale=None):
