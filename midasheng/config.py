@@ -185,6 +185,8 @@ class Hardware:
         "memory is not looked at",
         free=True,
     )
+    attention: str = key("auto", "sdpa, varlen (half precision on a GPU), or auto: varlen where it runs", free=True)
+    compile: bool = key(False, "torch.compile the blocks of both towers (a GPU; it made CPUs slower)", free=True)
     threads: int = key(0, "torch CPU threads per process; 0 leaves torch's own choice", free=True)
 
 

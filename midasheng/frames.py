@@ -36,6 +36,11 @@ def most_samples(n_frames: int) -> int:
     return ((n_frames + 1) * PATCH - 1) * HOP - 1
 
 
+def waveform(n_frames: int) -> int:
+    """The most samples that clips of `n_frames` frames in all, each with an audio token, can have."""
+    return most_samples(n_frames) + (n_frames // STACK) * most_samples(0)
+
+
 def audio_tokens(n_samples: Count) -> Count:
     """Audio tokens (5 Hz) of a clip of `n_samples` samples; floor, as the released processor counts placeholders.
 

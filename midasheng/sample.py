@@ -11,6 +11,7 @@ Shape letters at the end of a tensor's name:
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, NamedTuple
 
@@ -18,6 +19,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+from midasheng import frames
 
 NO_TARGET = -100  # label of a slot without loss
 
@@ -70,9 +73,14 @@ class Pack:
     """One row of fixed shape: whole conversations end to end, and a dummy segment without loss where slots are left.
 
     ids_T int64; labels_T int64 (already shifted; NO_TARGET where nothing counts); position_T int64, restarting in each
-    segment; is_audio_T bool; audio_L float32, the clips end to end. `segments` and `clips` are lengths (host integers),
-    in slots and in samples. `keys`, `corpora`, `tasks` name the real segments, so they may be one shorter than
-    `segments`. `targets` counts the labels that are really there (samples may have been skipped).
+    segment; is_audio_T bool; audio_L float32, the clips end to end, zeros behind them. `segments` and `clips` are
+    lengths (host integers), in slots and in samples; `chunks` are those of the encoder's windows, in frames, the last
+    of them dummies where frames are left. `keys`, `corpora`, `tasks` and `targets` (labels that are really there) are
+    of the real segments, so they may be one shorter than `segments`.
+
+    What the model would have to look up in tensors, and wait for, stands beside them: target_N and audio_K, the slots
+    that have a target and those of audio, int64; segment_bounds and chunk_bounds, int32 (S + 1,), where each begins and
+    the last ends.
     """
 
     ids_T: Tensor
@@ -80,12 +88,17 @@ class Pack:
     position_T: Tensor
     is_audio_T: Tensor
     audio_L: Tensor
+    target_N: Tensor
+    audio_K: Tensor
+    segment_bounds: Tensor
+    chunk_bounds: Tensor
     segments: tuple[int, ...]
     clips: tuple[int, ...]
+    chunks: tuple[int, ...]
     keys: tuple[str, ...]
     corpora: tuple[str, ...]
     tasks: tuple[str, ...]
-    targets: int
+    targets: tuple[int, ...]
 
     def to(self, *args: Any, **kwargs: Any) -> Pack:
         """The same pack with its tensors moved, as `torch.Tensor.to`."""
@@ -94,10 +107,17 @@ class Pack:
         return replace(self, **moved)
 
 
+def bounds(lengths: Sequence[int]) -> Tensor:
+    """Where each of these lengths begins and the last ends: int32 (len + 1,)."""
+    return torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32))
+
+
 def pack(
-    samples: list[Sample], pack_slots: int, pad_id: int, audio_L: NDArray[np.float32] | None = None
+    samples: list[Sample], pack_slots: int, pad_id: int, audio_L: NDArray[np.float32] | None = None,
+    pack_frames: int = 0,
 ) -> Pack:  # fmt: skip
-    """Lay samples end to end in a row of `pack_slots` slots. `audio_L`: their clips, where they lie end to end already.
+    """Lay samples end to end in a row of `pack_slots` slots and `pack_frames` encoder frames (0: as many as they have).
+    `audio_L`: their clips, where they lie end to end already.
 
     Raises AssertionError when they do not fit.
     """
@@ -110,19 +130,28 @@ def pack(
     labels = np.concatenate([*(s.labels for s in samples), np.full(tail, NO_TARGET, dtype=np.int64)])
     is_audio = np.concatenate([*(s.is_audio for s in samples), np.zeros(tail, dtype=bool)])
     clips = [clip for s in samples for clip in s.clips]
-    assert audio_L is None or len(audio_L) == sum(map(len, clips))
+    n_frames = [frames.frames(len(clip)) for clip in clips]
+    left = max(pack_frames - sum(n_frames), 0)
+    chunks = [length for n in [*n_frames, left] for length in frames.chunks(n)]
+    assert left or not pack_frames or sum(chunks) == pack_frames, f"{sum(chunks)} frames in a pack of {pack_frames}"
+    if audio_L is None:
+        audio_L = np.concatenate([*clips, np.zeros(0, dtype=np.float32)])
+    target_N = np.flatnonzero(labels != NO_TARGET)
     return Pack(
         ids_T=torch.from_numpy(ids),
         labels_T=torch.from_numpy(labels),
         position_T=torch.from_numpy(np.concatenate([np.arange(n) for n in segments] or empty)),
         is_audio_T=torch.from_numpy(is_audio),
-        audio_L=torch.from_numpy(
-            np.concatenate([*clips, np.zeros(0, dtype=np.float32)]) if audio_L is None else audio_L
-        ),
+        audio_L=torch.from_numpy(audio_L),
+        target_N=torch.from_numpy(target_N),
+        audio_K=torch.from_numpy(np.flatnonzero(is_audio)),
+        segment_bounds=bounds(segments),
+        chunk_bounds=bounds(chunks),
         segments=tuple(segments),
         clips=tuple(len(clip) for clip in clips),
+        chunks=tuple(chunks),
         keys=tuple(s.key for s in samples),
         corpora=tuple(s.corpus for s in samples),
         tasks=tuple(s.task for s in samples),
-        targets=int((labels != NO_TARGET).sum()),
+        targets=tuple(np.diff(np.searchsorted(target_N, np.cumsum([0, *lengths]))).tolist()),
     )

@@ -25,7 +25,7 @@ def test_contents():
     assert p.is_audio_T.nonzero().flatten().tolist() == [1, 2]
     assert p.audio_L.tolist() == [3, 3, 3, 2, 2, 4, 4, 4, 4]
     assert (p.segments, p.clips, p.keys, p.corpora) == ((4, 3, 3), (3, 2, 4), ("one", "two"), ("corpus", "corpus"))
-    assert p.targets == 3
+    assert sum(p.targets) == 3
     assert p.ids_T.dtype == p.labels_T.dtype == p.position_T.dtype == torch.int64
     assert p.audio_L.dtype == torch.float32
 
@@ -36,7 +36,7 @@ def test_full_pack_has_no_tail():
 
 def test_pack_without_samples_is_all_tail():
     p = pack([], 4, pad_id=1)
-    assert (p.segments, p.clips, p.keys, p.targets, len(p.audio_L)) == ((4,), (), (), 0, 0)
+    assert (p.segments, p.clips, p.keys, p.targets, len(p.audio_L)) == ((4,), (), (), (), 0)
     assert p.ids_T.tolist() == [1] * 4
 
 
@@ -49,7 +49,9 @@ def test_to_moves_every_tensor():
     p = pack([ONE], 5, pad_id=1)
     moved = p.to("meta")
     tensors = {k for k, v in vars(p).items() if isinstance(v, torch.Tensor)}
-    assert tensors == {"ids_T", "labels_T", "position_T", "is_audio_T", "audio_L"}
+    assert tensors == {
+        "ids_T", "labels_T", "position_T", "is_audio_T", "audio_L", "target_N", "audio_K", "segment_bounds", "chunk_bounds"
+    }  # fmt: skip
     assert all(getattr(moved, k).is_meta for k in tensors)
     assert all(getattr(moved, k) == v for k, v in vars(p).items() if k not in tensors)
 

@@ -143,7 +143,7 @@ class Loading(Dataset[StepBatch]):
         trained, checksum = [], 0
         for _, planned in share.packs:
             samples: list[Sample] = []
-            audio = np.empty(_most_samples(planned), dtype=np.float32)  # clips are decoded to where they stay
+            audio = np.empty(frames.waveform(self.budget.pack_frames), dtype=np.float32)
             used = 0
             data = read_many([self.corpora[p.corpus].place(p.record) for p in planned])
             # all texts of a pack, then all clips: in turn, each puts the other out of the processor's caches
@@ -151,7 +151,7 @@ class Loading(Dataset[StepBatch]):
                 corpus = self.corpora[p.corpus]
                 good = 1
                 try:
-                    made = self._samples(p, text, audio[used:])
+                    made = self._samples(p, text, audio[used:])  # clips are decoded to where they stay
                     samples += made
                     used += sum(len(clip) for s in made for clip in s.clips)
                     checksum = zlib.crc32(f"{corpus.card.name}/{made[0].key}".encode(), checksum)
@@ -159,7 +159,8 @@ class Loading(Dataset[StepBatch]):
                     skipped.append(Skipped(corpus.card.name, corpus.key(p.record), skip.reason))
                     good = 0
                 trained.append((p.corpus, p.epoch, p.position, good))
-            packs.append(pack(samples, self.budget.pack_slots, self.chat.pad, audio[:used]))
+            audio[used:] = 0.0
+            packs.append(pack(samples, self.budget.pack_slots, self.chat.pad, audio, self.budget.pack_frames))
         rows = np.asarray(trained, dtype=np.int64).reshape(-1, 4)
         numbers = tuple(n for n, _ in share.packs)
         return StepBatch(share.step, numbers, tuple(packs), tuple(skipped), share.state_after, rows, checksum)
@@ -199,12 +200,6 @@ class Loading(Dataset[StepBatch]):
                 clips[0][:] = into[:length]
             samples.append(Sample(card.name, record.key, card.task, e.ids, e.labels, e.is_audio, clips))
         return samples
-
-
-def _most_samples(planned: Sequence[Planned]) -> int:
-    """An upper bound on the audio samples of a pack; memory that is not written to costs nothing."""
-    clips = ((p.frames, p.frames // frames.STACK if p.variant == ALL else 1) for p in planned if p.frames)
-    return sum(frames.most_samples(n_frames) + (many - 1) * frames.most_samples(0) for n_frames, many in clips)
 
 
 def keep_freed_memory() -> None:

@@ -13,21 +13,71 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.varlen import varlen_attn
+
+from midasheng.config import UserError
+from midasheng.sample import bounds
 
 NAME = "midasheng_segments"
+SDPA, VARLEN = KERNELS = ("sdpa", "varlen")  # values of hardware.attention besides auto
 
 
+class Segments(Sequence[int]):
+    """Lengths of the segments of a packed row, and `bounds` on its device, int32 (segments + 1,): where each begins and
+    the last ends, for kernels that must not wait for a copy from the host.
+
+    No tuple: compiled blocks would be compiled again for every other number of segments.
+    """
+
+    def __init__(self, lengths: Sequence[int], bounds_S: Tensor) -> None:
+        self.lengths, self.bounds = tuple(lengths), bounds_S
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self.lengths[number]
+
+
+_asked = ["auto"]
+
+
+def ask(name: str) -> None:
+    """Choose the kernel for this process: hardware.attention. Raises UserError."""
+    if name not in ("auto", *KERNELS):
+        raise UserError(f"hardware.attention: {name!r}; write auto, {' or '.join(KERNELS)}")
+    _asked[0] = name
+
+
+def kernel(device: str, dtype: torch.dtype) -> str:
+    """The kernel that runs on a kind of device in a dtype: the one asked for; auto: varlen on a GPU in half precision
+    (its only form), else sdpa."""
+    if _asked[0] != "auto":
+        return _asked[0]
+    return VARLEN if device == "cuda" and dtype in (torch.bfloat16, torch.float16) else SDPA
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # blocks would be compiled anew for every other lengths
 def segment_attention(
     q: Tensor, k: Tensor, v: Tensor, segments: Sequence[int], *, causal: bool, scale: float | None = None
 ) -> Tensor:
     """Attention inside each segment of a packed row.
 
     q (heads, slots, head_dim); k, v (kv_heads, slots, head_dim), kv_heads dividing heads; `segments`: lengths in slots
-    whose sum is the number of slots. Returns (heads, slots, head_dim). Runs torch's sdpa once per segment, so no
-    segment can see another and no mask is built.
+    whose sum is the number of slots. Returns (heads, slots, head_dim). No kernel builds a mask, and which one runs is
+    decided once, by `kernel`: torch's sdpa once per segment, or torch's variable-length (Flash) attention.
     """
     assert sum(segments) == q.shape[1], f"segments hold {sum(segments)} slots, the row {q.shape[1]}"
     grouped = q.shape[0] != k.shape[0]
+    if isinstance(segments, Segments) and kernel(v.device.type, v.dtype) == VARLEN:
+        q, k, v = (t.transpose(0, 1).to(v.dtype) for t in (q, k, v))  # rotary positions may have made q, k float32
+        longest, window = max(segments), (-1, 0) if causal else (-1, -1)
+        out = varlen_attn(
+            q, k, v, segments.bounds, segments.bounds, longest, longest, scale=scale, window_size=window,
+            enable_gqa=grouped,
+        )  # fmt: skip
+        assert isinstance(out, Tensor)
+        return out.transpose(0, 1)
     parts = [
         F.scaled_dot_product_attention(
             q_s[None], k_s[None], v_s[None], is_causal=causal, scale=scale, enable_gqa=grouped
@@ -41,7 +91,7 @@ def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, segments: Sequence[int], *, causal: bool, scale: float | None = None
 ) -> Tensor:
     """The same through one dense mask: the reference that tests and the start-up check hold `segment_attention` to."""
-    number = torch.repeat_interleave(torch.arange(len(segments)), torch.tensor(segments)).to(q.device)
+    number = torch.repeat_interleave(torch.arange(len(segments)), torch.tensor(list(segments))).to(q.device)
     mask = number[:, None] == number[None, :]
     if causal:
         mask = mask.tril()
@@ -50,21 +100,28 @@ def dense_attention(
     return scores.masked_fill(~mask, float("-inf")).softmax(-1) @ v
 
 
-@torch.no_grad()
-def verify(device: torch.device | str = "cpu") -> float:
-    """Largest difference between `segment_attention` and the dense reference on a small pack on `device`, over both
-    towers' forms: bidirectional with as many heads for k and v (encoder), causal with fewer (decoder).
+def verify(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:
+    """Largest difference between `segment_attention` and the dense reference in float32 on a small pack, in values and
+    gradients, over both towers' forms: bidirectional with as many heads for k and v (encoder), causal with fewer.
 
-    Raises AssertionError above 1e-4 (float32): a kernel that leaks between segments must not train.
+    Raises AssertionError above 1e-4 (2e-2 in half precision): a kernel that leaks between segments must not train.
     """
     draw = torch.Generator().manual_seed(0)
-    segments = (5, 1, 17, 9)
+    lengths = (5, 1, 17, 9)
+    segments = Segments(lengths, bounds(lengths).to(device))
     largest = 0.0
     for causal, kv_heads in ((False, 4), (True, 2)):
-        q, k, v = (torch.randn(n, sum(segments), 8, generator=draw).to(device) for n in (4, kv_heads, kv_heads))
-        fast = segment_attention(q, k, v, segments, causal=causal)
-        largest = max(largest, float((fast - dense_attention(q, k, v, segments, causal=causal)).abs().max()))
-    assert largest < 1e-4, f"packed attention differs from the dense reference by {largest}"
+        rows = [torch.randn(n, sum(lengths), 64, generator=draw).to(device, dtype) for n in (4, kv_heads, kv_heads)]
+        found = []
+        for attend, as_dtype in ((segment_attention, dtype), (dense_attention, torch.float32)):
+            q, k, v = leaves = [row.detach().to(as_dtype, copy=True).requires_grad_() for row in rows]
+            out = attend(q, k, v, segments, causal=causal)
+            out.float().square().sum().backward()
+            found.append([out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)])
+        for ours, dense in zip(*found, strict=True):
+            largest = max(largest, float((ours.float() - dense).abs().max() / dense.abs().max()))
+    limit, name = 1e-4 if dtype == torch.float32 else 2e-2, kernel(torch.device(device).type, dtype)
+    assert largest < limit, f"packed attention ({name}, {dtype}) differs from the dense reference by {largest}"
     return largest
 
 

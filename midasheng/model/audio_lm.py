@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from midasheng import frames
 from midasheng.config import UserError
+from midasheng.model.attention import Segments
 from midasheng.model.decoder import Decoder
 from midasheng.model.encoder import DashengEncoder, EncoderShape
 from midasheng.model.loss import target_loss
 from midasheng.model.projector import AudioProjector
-from midasheng.sample import NO_TARGET, Pack
+from midasheng.sample import Pack
 
 
 class AudioLM(nn.Module):
@@ -59,19 +60,27 @@ class AudioLM(nn.Module):
         if "decoder" in parts:
             self.decoder.model.gradient_checkpointing_enable({"use_reentrant": False})
 
-    def encode(self, audio_L: Float[Tensor, " L"], clips: Sequence[int]) -> Float[Tensor, "K D"]:
+    def compile_blocks(self, backend: str = "inductor") -> None:
+        """torch.compile every block of both towers. Packs have one shape, so what is compiled at step 0 stays."""
+        for block in [*self.audio_encoder.blocks, *self.decoder.model.layers]:
+            block.compile(backend=backend)
+
+    def encode(
+        self, audio_L: Float[Tensor, " L"], clips: Sequence[int], chunks: Segments | None = None
+    ) -> Float[Tensor, "K D"]:
         """Audio tokens of all clips end to end, frames.audio_tokens(n) for a clip of n samples."""
-        return self.audio_projector(self.audio_encoder(audio_L, clips), [frames.frames(n) for n in clips])
+        return self.audio_projector(self.audio_encoder(audio_L, clips, chunks), [frames.frames(n) for n in clips])
 
     def place(self, pack: Pack) -> Float[Tensor, "T D"]:
         """Decoder inputs: text embeddings, with the audio tokens at the audio slots."""
-        slots, tokens = int(pack.is_audio_T.sum()), sum(frames.audio_tokens(n) for n in pack.clips)
+        slots, tokens = len(pack.audio_K), sum(frames.audio_tokens(n) for n in pack.clips)
         assert slots == tokens, f"{slots} audio slots but {tokens} audio tokens in the pack of {', '.join(pack.keys)}"
         # <|AUDIO|> itself is never embedded: its row would be looked up for nothing and may not exist
         embeds_TD = self.decoder.embed(pack.ids_T.masked_fill(pack.is_audio_T, 0))
-        if pack.clips:
-            tokens_KD = self.encode(pack.audio_L, pack.clips)
-            return embeds_TD.masked_scatter(pack.is_audio_T[:, None], tokens_KD.to(embeds_TD.dtype))
+        if pack.chunks:
+            tokens_KD = self.encode(pack.audio_L, pack.clips, Segments(pack.chunks, pack.chunk_bounds))
+            # not masked_scatter: its backward asks the device how many there are
+            return embeds_TD.index_copy(0, pack.audio_K, tokens_KD.to(embeds_TD.dtype))
         if torch.is_grad_enabled():
             # a rank whose pack holds no audio must still take part in the gradient's all-reduce
             silence = torch.zeros(frames.MIN_SAMPLES, device=embeds_TD.device)
@@ -82,22 +91,17 @@ class AudioLM(nn.Module):
         """Decoder states of every slot, before the head."""
         device = pack.ids_T.device.type
         with torch.autocast(device, dtype=self.compute_dtype, enabled=self.compute_dtype is not None):
-            return self.decoder(self.place(pack), pack.position_T, pack.segments)
+            return self.decoder(self.place(pack), pack.position_T, Segments(pack.segments, pack.segment_bounds))
 
     def forward(self, pack: Pack) -> Float[Tensor, " S"]:
         """Summed cross-entropy of each segment of the pack, float32; logits are made only where a label stands."""
-        hidden_TD = self.hidden(pack)
-        at_N = (pack.labels_T != NO_TARGET).nonzero()[:, 0]
-        device = hidden_TD.device
+        hidden_TD, at_N = self.hidden(pack), pack.target_N
         head_VD = self.decoder.lm_head.weight
-        losses_N = target_loss(hidden_TD[at_N], head_VD, pack.labels_T[at_N], self.compute_dtype)
-        number_T = torch.repeat_interleave(
-            torch.arange(len(pack.segments), device=device),
-            torch.tensor(pack.segments, device=device), output_size=len(pack.ids_T),
-        )  # fmt: skip
+        losses_N = target_loss(hidden_TD.index_select(0, at_N), head_VD, pack.labels_T[at_N], self.compute_dtype)
+        number_N = torch.bucketize(at_N, pack.segment_bounds[1:].long(), right=True)
         # hidden_TD[:0].sum() keeps a pack without any target attached to the graph
-        zeros_S = torch.zeros(len(pack.segments), device=device) + hidden_TD[:0].float().sum()
-        return zeros_S.index_add(0, number_T[at_N], losses_N)
+        zeros_S = losses_N.new_zeros(len(pack.segments)) + hidden_TD[:0].to(losses_N.dtype).sum()
+        return zeros_S.index_add(0, number_N, losses_N)
 
     @torch.no_grad()
     def generate(self, prompts: Pack, stop: int, limit: int) -> list[list[int]]:

@@ -59,7 +59,7 @@ class Decoder(nn.Module):
         Rotary positions are one-dimensional: Qwen2.5-Omni's three mRoPE rows are equal for text and audio.
         """
         return self.model(
-            inputs_embeds=embeds_TD[None], position_ids=position_T[None], use_cache=False, segments=tuple(segments)
+            inputs_embeds=embeds_TD[None], position_ids=position_T[None], use_cache=False, segments=segments
         ).last_hidden_state[0]
 
     def logits(self, hidden_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:

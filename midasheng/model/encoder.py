@@ -1,7 +1,7 @@
 """The Dasheng audio encoder on packed clips: log-mel, stored BatchNorm, patches, ViT blocks in 10.08 s chunks.
 
 Parameter names and arithmetic are those of the released `audio_encoder` (MiDashengLM) and of the `dasheng` package's
-model, which the tests hold this file to, clip by clip. Nothing is padded: clips lie end to end.
+model, which the tests hold this file to, clip by clip. No clip is padded: they lie end to end.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from torch.utils.checkpoint import checkpoint
 
 from midasheng import frames
 from midasheng.config import UserError
-from midasheng.model.attention import segment_attention
+from midasheng.model.attention import Segments, segment_attention
+from midasheng.sample import bounds
 
 AMIN, TOP_DB = 1e-10, 120.0
 
@@ -120,10 +121,10 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x_FE: Float[Tensor, "F E"], chunk_frames: Sequence[int]) -> Float[Tensor, "F E"]:
+    def forward(self, x_FE: Float[Tensor, "F E"], chunks: Segments) -> Float[Tensor, "F E"]:
         """Attention inside each of the chunks that lie end to end in x_FE."""
         q, k, v = self.qkv(x_FE).view(len(x_FE), 3, self.heads, -1).permute(1, 2, 0, 3)
-        out = segment_attention(q, k, v, chunk_frames, causal=False)
+        out = segment_attention(q, k, v, chunks, causal=False)
         return self.proj(out.transpose(0, 1).reshape(x_FE.shape))
 
 
@@ -150,9 +151,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(shape.dim, eps=1e-6)
         self.mlp = Mlp(shape.dim, int(shape.dim * shape.mlp_ratio))
 
-    def forward(self, x_FE: Float[Tensor, "F E"], chunk_frames: Sequence[int]) -> Float[Tensor, "F E"]:
-        """Frames of all clips end to end, cut into chunks of `chunk_frames`."""
-        x_FE = x_FE + self.attn(self.norm1(x_FE), chunk_frames)
+    def forward(self, x_FE: Float[Tensor, "F E"], chunks: Segments) -> Float[Tensor, "F E"]:
+        """Frames of all clips end to end, cut into `chunks`."""
+        x_FE = x_FE + self.attn(self.norm1(x_FE), chunks)
         return x_FE + self.mlp(self.norm2(x_FE))
 
 
@@ -184,24 +185,32 @@ class DashengEncoder(nn.Module):
                 nn.init.xavier_uniform_(module.weight)
                 nn.init.zeros_(module.bias)
 
-    def forward(self, audio_L: Float[Tensor, " L"], clips: Sequence[int]) -> Float[Tensor, "F E"]:
+    def forward(
+        self, audio_L: Float[Tensor, " L"], clips: Sequence[int], chunks: Segments | None = None
+    ) -> Float[Tensor, "F E"]:
         """audio_L: clips of `clips` samples end to end. Returns the frames of all clips end to end; clip i has
-        frames.frames(clips[i]) of them, and none depends on any other clip."""
+        frames.frames(clips[i]) of them, and none depends on any other clip. `chunks`: the windows of all clips in
+        frames, and behind them dummies for frames of silence that fill a fixed shape."""
         n_frames = [frames.frames(n) for n in clips]
+        if chunks is None:
+            lengths = [length for n in n_frames for length in frames.chunks(n)]
+            chunks = Segments(lengths, bounds(lengths).to(audio_L.device))
+        total = sum(chunks)
         mels = [
             self.log_mel(clip)[:, : n * frames.PATCH]
-            for clip, n in zip(audio_L.split(list(clips)), n_frames, strict=True)
+            for clip, n in zip(audio_L[: sum(clips)].split(list(clips)), n_frames, strict=True)
         ]
-        mel = self.init_bn(torch.cat(mels, dim=1))
+        empty = audio_L.new_zeros(frames.N_MELS, (total - sum(n_frames)) * frames.PATCH)
+        mel = self.init_bn(torch.cat([*mels, empty], dim=1))
         x_FE = self.patch_embed.proj(mel[None, None])[0, :, 0].T
-        chunk_frames = [length for n in n_frames for length in frames.chunks(n)]
-        place = torch.cat([torch.arange(n, device=audio_L.device) for n in chunk_frames])
+        starts_F = torch.repeat_interleave(chunks.bounds[:-1], chunks.bounds.diff(), output_size=total)
+        place = torch.arange(total, device=audio_L.device) - starts_F
         positions = (self.time_pos_embed + self.freq_pos_embed)[0, :, 0].T
         # not positions[place]: its backward adds in the order in which CPU threads arrive, so no two runs are equal
         x_FE = x_FE + positions.index_select(0, place)
         for block in self.blocks:
             if self.recompute and torch.is_grad_enabled():
-                x_FE = checkpoint(block, x_FE, chunk_frames, use_reentrant=False)
+                x_FE = checkpoint(block, x_FE, chunks, use_reentrant=False)
             else:
-                x_FE = block(x_FE, chunk_frames)
+                x_FE = block(x_FE, chunks)
         return self.norm(x_FE)

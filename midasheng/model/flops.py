@@ -63,7 +63,7 @@ class Cost:
             "encoder": self.frame * sum(n_frames) + self.chunk_squared * squares,
             "projector": self.token * sum(frames.audio_tokens(n) for n in pack.clips),
             "decoder": self.slot * sum(real) + self.segment_squared * sum(n**2 for n in real),
-            "head": self.target * pack.targets,
+            "head": self.target * sum(pack.targets),
         }
 
 

@@ -22,8 +22,9 @@ class AudioProjector(nn.Module):
         )
 
     def forward(self, frames_FE: Float[Tensor, "F E"], clip_frames: list[int]) -> Float[Tensor, "K D"]:
-        """frames_FE: the frames of all clips end to end, `clip_frames` frames each. Groups of five never cross a clip;
-        what does not fill a group at a clip's end is dropped (floor, see frames.audio_tokens)."""
-        clips = frames_FE.split(clip_frames)
-        groups = torch.cat([clip[: len(clip) // STACK * STACK] for clip in clips]) if clips else frames_FE
-        return self.net(groups.reshape(-1, STACK * frames_FE.shape[1]))
+        """frames_FE: the frames of all clips end to end, `clip_frames` frames each, and whatever fills a fixed
+        shape. Groups of five never cross a clip; what does not fill a group at a clip's end is dropped (floor, see
+        frames.audio_tokens)."""
+        clips = frames_FE[: sum(clip_frames)].split(clip_frames) if clip_frames else [frames_FE[:0]]
+        groups = torch.cat([clip[: len(clip) // STACK * STACK] for clip in clips])
+        return self.net(groups.reshape(len(groups) // STACK, STACK * frames_FE.shape[1]))

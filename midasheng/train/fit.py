@@ -24,8 +24,7 @@ from midasheng.data.ledger import Ledger, Skipped, drop_after, trim
 from midasheng.data.loader import first_clips, train_loader
 from midasheng.data.plan import Planner, differences
 from midasheng.data.room import DataRoom, open_data, plan_data
-from midasheng.model import adapt, weights
-from midasheng.model.attention import verify
+from midasheng.model import adapt, attention, loss, weights
 from midasheng.model.audio_lm import AudioLM
 from midasheng.model.encoder import EncoderShape
 from midasheng.sample import counter_seed
@@ -96,6 +95,8 @@ def build(order: Order, starts: Sequence[weights.Start]) -> tuple[AudioLM, str, 
         carried = sum(weights.carry_lora(model, s.source, plan) for s in whole)
     optim.groups(model.named_parameters(), stage.optim)  # so that a wrong lr_for is an error before anything is written
     model.recompute(stage.hardware.recompute)
+    if stage.hardware.compile:
+        model.compile_blocks()
     adapt.set_precision(model, stage.run.precision)
     table = adapt.learns(model, stage.train, adapted, stage.lora.rank).table()
     lines = [f"{'origin':34}{'part':>18}{'tensors':>8}"] + [f"{o:34}{p:>18}{n:8}" for o, p, n in origins]
@@ -132,7 +133,19 @@ def git_commit() -> str:
     return described.stdout.strip()
 
 
-def header(order: Order, data: DataRoom, difference: float, memory_lines: Sequence[str]) -> str:
+def verified(stage: Stage) -> str:
+    """The kernels that will run, held to their plain forms on the device. Raises AssertionError."""
+    on_gpu = stage.hardware.accelerator != "cpu" and torch.cuda.is_available()
+    device, dtype = "cuda" if on_gpu else "cpu", torch.bfloat16 if stage.run.precision == "bf16" else torch.float32
+    attention.ask(stage.hardware.attention)
+    return (
+        f"  attention: {attention.kernel(device, dtype)} within segments (verified against a dense mask: "
+        f"{attention.verify(device, dtype):.0e}); loss: chunked cross-entropy (against the plain one: "
+        f"{loss.verify(device, dtype):.0e}); blocks {'compiled' if stage.hardware.compile else 'not compiled'}"
+    )
+
+
+def header(order: Order, data: DataRoom, kernels: str, memory_lines: Sequence[str]) -> str:
     """What this run is, for the terminal and the run folder."""
     b, stage = data.budget, order.stage
     lines = [f"{stage.name} at {order.scale} -> {order.folder}", *data.mix.notes]
@@ -148,9 +161,7 @@ def header(order: Order, data: DataRoom, difference: float, memory_lines: Sequen
         f"{stage.run.precision}"
     )
     lines += [f"  note: {note}" for note in data.notes]
-    lines.append(f"  attention: sdpa per segment, verified against a dense mask (largest difference {difference:.0e})")
-    lines += memory_lines
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, kernels, *memory_lines]) + "\n"
 
 
 def fit(order: Order) -> None:
@@ -176,8 +187,8 @@ def fit(order: Order) -> None:
         print(f"{folder} is finished (NAME=... for another run, FRESH=1 to train it again)")
         return
     model, table, plan = build(order, starts)
-    difference = verify(memory.device_of(stage))
-    text = header(order, data, difference, memory.check(order, model, sources, data.budget)) + "\n" + table
+    kernels = verified(stage)
+    text = header(order, data, kernels, memory.check(order, model, sources, data.budget)) + "\n" + table
     if first:
         print(text)
         if order.fresh:

@@ -20,7 +20,6 @@ from torch import Tensor
 from midasheng.data.held_out import ALIKE, NONE, OTHER, OWN, Asked, HeldOutSet
 from midasheng.model.adapt import without_lora
 from midasheng.model.audio_lm import AudioLM
-from midasheng.sample import NO_TARGET
 
 Reduce = Callable[[Tensor], Tensor]  # sum over ranks
 SURE = 3.0  # standard errors
@@ -84,10 +83,8 @@ class ListeningTest:
         device = next(model.parameters()).device
         for numbers, pack in asked.packs(kind, rank, world):
             loss_S = model(pack.to(device)).double().cpu()
-            labels = pack.labels_T.split(pack.segments)[: len(numbers)]  # behind the samples there may be a tail
-            for number, loss, labels_t in zip(numbers, loss_S[: len(numbers)], labels, strict=True):
-                sums_A2[number, 0] = loss
-                sums_A2[number, 1] = (labels_t != NO_TARGET).sum()
+            at = torch.tensor(numbers)  # behind the samples there may be a tail
+            sums_A2[at] = torch.stack([loss_S[: len(at)], torch.tensor(pack.targets, dtype=torch.float64)], dim=1)
         return reduce(sums_A2)
 
     @torch.no_grad()

@@ -130,7 +130,10 @@ def full_pack(n_frames: int, slots: int, most: Dearest, vocabulary: int) -> Pack
         samples.append(
             Sample("tried", f"tried{i}", "tried", draw.integers(0, vocabulary, own), labels, is_audio, tuple(clips))
         )
-    return pack(samples, slots, 0)
+    audio = np.zeros(frames.waveform(n_frames), dtype=np.float32)
+    noise = [clip for sample in samples for clip in sample.clips]
+    audio[: sum(map(len, noise))] = np.concatenate([*noise, audio[:0]])
+    return pack(samples, slots, 0, audio, n_frames)
 
 
 # -- what a pack takes -------------------------------------------------------------------------------------------------
@@ -170,7 +173,9 @@ class Memory:
         row = row.to(self.device)
         found = [p.grad for p in self.learn]
         modes = [(module, module.training) for module in self.lm.modules()]
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+        devices = [self.device] if self.device.type == "cuda" else []
+        # compiled, blocks would be compiled for every size that is tried
+        with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
             try:
                 self.lm.train()
                 for p in self.learn:

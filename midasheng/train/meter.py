@@ -29,13 +29,12 @@ class Meter:
         self.sums = torch.zeros(2 * len(self.corpora) + 3, dtype=torch.float64)
 
     def add(self, pack: Pack, loss_S: Tensor) -> None:
-        """One trained pack and the loss of its segments, shape (S,)."""
+        """One trained pack and the loss of its segments, shape (S,), on the host."""
         n = len(self.corpora)
         if pack.keys:
             where = torch.tensor([self.corpora.index(c) for c in pack.corpora])
-            targets = torch.stack([(labels != -100).sum() for labels in pack.labels_T.cpu().split(pack.segments)])
-            self.sums.index_add_(0, where, loss_S.detach().cpu().double()[: len(where)])
-            self.sums.index_add_(0, n + where, targets.double()[: len(where)])
+            self.sums.index_add_(0, where, loss_S.double()[: len(where)])
+            self.sums.index_add_(0, n + where, torch.tensor(pack.targets, dtype=torch.float64))
         audio_s = sum(frames.seconds(c) for c in pack.clips)
         slots = sum(pack.segments[: len(pack.keys)])
         self.sums[2 * n :] += torch.tensor([audio_s, slots, sum(frames.frames(c) for c in pack.clips)])
@@ -67,18 +66,20 @@ class Speed:
         self._begin()
 
     def _begin(self) -> None:
-        self.sums = torch.zeros(5, dtype=torch.float64)  # useful FLOPs, audio s, slots, computed slots, waiting s
+        # useful FLOPs, seconds of audio, slots and all that were computed, frames and all, seconds of waiting
+        self.sums = torch.zeros(7, dtype=torch.float64)
         self.since = time.monotonic()
 
     def add(self, pack: Pack) -> None:
         """One trained pack."""
         useful = sum(self.cost.of(pack).values())
         audio_s = sum(frames.seconds(c) for c in pack.clips)
-        self.sums[:4] += torch.tensor([useful, audio_s, sum(pack.segments[: len(pack.keys)]), len(pack.ids_T)])
+        slots, n_frames = sum(pack.segments[: len(pack.keys)]), sum(frames.frames(c) for c in pack.clips)
+        self.sums[:6] += torch.tensor([useful, audio_s, slots, sum(pack.segments), n_frames, sum(pack.chunks)])
 
     def waited(self, seconds: float) -> None:
         """Time between two steps, in which the next batch was not yet there."""
-        self.sums[4] += seconds
+        self.sums[6] += seconds
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -90,14 +91,15 @@ class Speed:
     def row(self, reduce: Reduce) -> dict[str, float]:
         """Since the last row, over all devices; starts again from zero."""
         seconds = time.monotonic() - self.since
-        useful, audio_s, slots, computed, waiting = reduce(self.sums).tolist()
+        useful, audio_s, slots, all_slots, n_frames, all_frames, waiting = reduce(self.sums).tolist()
         self._begin()
         return {
             "seconds": seconds,
             "audio_h_per_device_h": audio_s / seconds / self.devices,
             "mfu": useful / seconds / self.devices / self.peak,
             "slots_per_s": slots / seconds,
-            "decoder_padding": 1 - slots / computed if computed else 0.0,
+            "encoder_padding": 1 - n_frames / all_frames if all_frames else 0.0,
+            "decoder_padding": 1 - slots / all_slots if all_slots else 0.0,
             "waiting": waiting / seconds / self.devices,
         }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -102,7 +101,7 @@ class StageModule(L.LightningModule):
         assert batch.step == self.done, f"step {self.done} expected, the loader brought {batch.step}"
         self.speed.waited(time.monotonic() - self.left)
         world, digest = self.trainer.world_size, float(batch.state_after["digest"])
-        counts = [sum(p.targets for p in batch.packs), float(self.stop.requested), digest]
+        counts = [sum(sum(p.targets) for p in batch.packs), float(self.stop.requested), digest]
         targets, stop, digests = self._sum_over_ranks(torch.tensor(counts, dtype=torch.float64)).tolist()
         if digests != world * digest:  # CRC32: its multiples are exact in float64
             raise AssertionError(
@@ -114,19 +113,15 @@ class StageModule(L.LightningModule):
         for group in adam.param_groups:
             group["lr"] = group["peak_lr"] * rate
         adam.zero_grad()
-        step_loss = 0.0
+        losses = []
         for number, pack in zip(batch.numbers, batch.packs, strict=True):
             torch.manual_seed(counter_seed(self.stage.run.seed, "dropout", self.stage.name, batch.step, number))
             with self._gradients_stay_here(unless=number == batch.numbers[-1]):
                 loss_S = self.model(pack)
                 # DDP takes the mean over ranks: x world makes it the sum
                 self.manual_backward(loss_S.sum() * (world / max(targets, 1.0)))
-            self.meter.add(pack, loss_S)
-            self.speed.add(pack)
-            step_loss += float(loss_S.detach().sum())
-        norm = float(clip(self.model.parameters(), self.stage.optim.clip_norm))
-        if not math.isfinite(norm) or not math.isfinite(step_loss):
-            self._not_finite(batch, norm)
+            losses.append(loss_S.detach())
+        norm = self._read(batch, losses, clip(self.model.parameters(), self.stage.optim.clip_norm))
         adam.step()
         self.done, self.plan_state = batch.step + 1, batch.state_after
         self._after_step(batch, norm, self.stage.optim.lr * rate, bool(stop))
@@ -147,6 +142,17 @@ class StageModule(L.LightningModule):
         moved = tensor.to(self.device)
         torch.distributed.all_reduce(moved)
         return moved.cpu()
+
+    def _read(self, batch: StepBatch, losses: Sequence[Tensor], norm: Tensor) -> float:
+        """Losses and gradient norm of the step, read from the device at once: until here the host waited for nothing.
+        Returns the norm. Raises NotFinite."""
+        found = torch.cat([*losses, norm.reshape(1)]).cpu()
+        if not found.isfinite().all():
+            self._not_finite(batch, float(found[-1]))
+        for pack, loss_S in zip(batch.packs, found[:-1].split([len(loss_S) for loss_S in losses]), strict=True):
+            self.meter.add(pack, loss_S)
+            self.speed.add(pack)
+        return float(found[-1])
 
     def _not_finite(self, batch: StepBatch, norm: float) -> None:
         """Say which samples; the step is not taken."""
@@ -202,9 +208,8 @@ class StageModule(L.LightningModule):
     def _log(self, values: dict[str, float]) -> None:
         for logger in self.loggers:
             logger.log_metrics(values, step=self.done)
-        self.shown |= {
-            k.split("/")[1]: v for k, v in values.items() if k.endswith(("loss", "listening", "mfu", "waiting"))
-        }
+        hidden = ("lr", "grad_norm", "seconds")
+        self.shown |= {name: v for k, v in values.items() if (name := k.split("/")[1]) not in hidden}
 
     def _world(self) -> tuple[int, int, Callable[[Tensor], Tensor]]:
         return self.trainer.global_rank, self.trainer.world_size, self._sum_over_ranks

@@ -25,7 +25,7 @@ def stoppable(stop: StopRequest) -> Iterator[None]:
 
     def on_signal(number: int, _: object) -> None:
         if is_first():
-            print("\nstopping after this step (again: at once, back to the last checkpoint)", flush=True)
+            print("\nstopping at the end of a step (again: at once, back to the last checkpoint)", flush=True)
         stop.requested = True
         signal.signal(number, signal.SIG_DFL)
 
@@ -61,10 +61,10 @@ class ProgressLine(L.Callback):
     def _show(self, trainer: L.Trainer, module: StageModule) -> None:
         new = {k: v for k, v in module.shown.items() if self.before.get(k) != v}
         if self.terminal:
-            self.bar.set_postfix({k: f"{v:.3f}" for k, v in module.shown.items()}, refresh=False)
+            self.bar.set_postfix({k: f"{v:.4g}" for k, v in module.shown.items()}, refresh=False)
             self.bar.update(module.done - self.bar.n)
         elif new and trainer.is_global_zero:
-            shown = "  ".join(f"{k} {v:.3f}" for k, v in sorted(new.items()))
+            shown = "  ".join(f"{k} {v:.4g}" for k, v in sorted(new.items()))
             print(f"{module.stage.name} step {module.done}/{module.course.steps}  {shown}", flush=True)
         self.before = dict(module.shown)
 

@@ -146,6 +146,17 @@ def test_a_slice_is_shared_by_hours(mix):
     assert read.notes == ()
 
 
+def test_without_a_share_a_corpus_is_refused_and_not_weighed_by_its_number_of_tars(mix):
+    """In a slice too: a part of ten hours in twelve tars has a tenth of what a corpus of a hundred hours in one has."""
+    with pytest.raises(ManifestError, match="bee: None is no share"):
+        mix({"a": 99, "bee": None})
+    with pytest.raises(ManifestError, match="write `corpora:` and below it `NAME: PERCENT`"):
+        mix(["a", "bee"])
+    assert shares(mix({"s": {"percent": 100, "of": ["tongues.fr", "short"]}})) == {
+        "tongues.fr": 1000 / 110, "short": 10_000 / 110
+    }  # fmt: skip
+
+
 def test_a_slice_of_questions_is_shared_by_pairs(mix):
     assert shares(mix({"qa": {"percent": 100, "of": ["asks", "doubts"]}})) == {"asks": 75, "doubts": 25}
 

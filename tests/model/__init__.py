@@ -15,7 +15,7 @@ from midasheng.model.encoder import DashengEncoder, EncoderShape
 from midasheng.sample import NO_TARGET, Pack, Sample, pack
 
 CONFIGS = Path(__file__).parents[2] / "configs"
-OMNI, QWEN3 = "qwen2_5_omni_text", "qwen3"
+OMNI, QWEN3, LLAMA = "qwen2_5_omni_text", "qwen3", "llama"
 TINY = EncoderShape(32, 2, 2)
 VOCAB, PAD, AUDIO, BOS, EOS = 64, 0, 1, 2, 3
 COMMON = {
@@ -26,6 +26,7 @@ COMMON = {
 FIELDS: dict[str, dict[str, Any]] = {
     OMNI: COMMON | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}},
     QWEN3: COMMON | {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    LLAMA: COMMON | {"head_dim": 16, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
 }
 
 

@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from midasheng.config import UserError
 from midasheng.model import attention
-from midasheng.model.attention import dense_attention, segment_attention, verify
+from midasheng.model.attention import SDPA, VARLEN, Segments, ask, dense_attention, kernel, segment_attention, verify
+from midasheng.sample import bounds
 
 SEGMENTS = (5, 1, 17, 9)
 FORMS = [(True, 4), (True, 2), (False, 4), (False, 2)]
@@ -72,3 +74,59 @@ def test_verify_refuses_a_broken_kernel(broken, monkeypatch):
     monkeypatch.setattr(attention, "segment_attention", broken)
     with pytest.raises(AssertionError, match="differs from the dense reference"):
         verify()
+
+
+@pytest.fixture
+def asked():
+    yield
+    ask("auto")
+
+
+def test_the_kernel_is_the_one_that_was_asked_for_and_auto_goes_by_device_and_dtype(asked):
+    assert kernel("cuda", torch.bfloat16) == VARLEN
+    assert kernel("cuda", torch.float32) == kernel("cpu", torch.bfloat16) == SDPA
+    ask("sdpa")
+    assert kernel("cuda", torch.bfloat16) == SDPA
+    with pytest.raises(UserError, match=r"hardware.attention: 'flash'; write auto, sdpa or varlen"):
+        ask("flash")
+
+
+def test_a_kernel_that_does_not_run_here_is_an_error_and_never_replaced(asked):
+    ask("varlen")
+    with pytest.raises(NotImplementedError, match="CPU"):
+        verify()
+
+
+def test_varlen_gets_what_it_needs_to_keep_segments_apart(asked, monkeypatch):
+    """torch's kernel runs on GPUs alone; this stands for it by its documentation, so that what we hand over is held to
+    the dense mask here too."""
+
+    def documented(q, k, v, cu_q, cu_k, max_q, max_k, *, scale, window_size, enable_gqa):
+        assert cu_q.dtype == torch.int32
+        assert (q.shape[0], k.shape[0]) == (cu_q[-1], cu_k[-1])
+        assert max_q == cu_q.diff().max()
+        assert enable_gqa == (q.shape[1] != k.shape[1])
+        rows = (t.transpose(0, 1) for t in (q, k, v))
+        causal = {(-1, 0): True, (-1, -1): False}[window_size]
+        return dense_attention(*rows, cu_q.diff().tolist(), causal=causal, scale=scale).transpose(0, 1)
+
+    monkeypatch.setattr(attention, "varlen_attn", documented)
+    ask("varlen")
+    assert verify() < 1e-6
+    q, k, v = draw(2)
+    segments = Segments(SEGMENTS, bounds(SEGMENTS))
+    found = segment_attention(q, k, v, segments, causal=True, scale=0.7)
+    assert (found - dense_attention(q, k, v, SEGMENTS, causal=True, scale=0.7)).abs().max() < 1e-12
+
+
+def test_verify_sees_a_wrong_gradient(monkeypatch):
+    def detached(q, k, v, segments, *, causal, scale=None):
+        return dense_attention(q, k.detach() + 0 * k, v, segments, causal=causal, scale=scale)
+
+    monkeypatch.setattr(attention, "segment_attention", detached)
+    with pytest.raises(AssertionError, match="differs from the dense reference"):
+        verify()
+
+
+def test_verify_holds_half_precision_to_float32():
+    assert verify(dtype=torch.bfloat16) < 1e-2

@@ -1,18 +1,36 @@
 """A packed row gives each conversation what it would get alone: loss, logits, gradients, and its audio in its place."""
 
 import dataclasses
+import subprocess
+import sys
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
 
+from midasheng import frames
 from midasheng.config import UserError
 from midasheng.model import adapt, attention, encoder
 from midasheng.model.attention import dense_attention
 from midasheng.model.audio_lm import AudioLM
 from midasheng.sample import NO_TARGET, Pack, Sample, pack
-from tests.model import AUDIO, OMNI, PAD, QWEN3, VOCAB, conversation, gradients, logits, packed, tiny_lm
+from tests.model import (
+    AUDIO,
+    FIELDS,
+    LLAMA,
+    OMNI,
+    PAD,
+    QWEN3,
+    TINY,
+    VOCAB,
+    conversation,
+    gradients,
+    logits,
+    packed,
+    tiny_lm,
+)
 
 BOTH = pytest.mark.parametrize("architecture", [OMNI, QWEN3])
 
@@ -41,9 +59,22 @@ def difference_to_one_by_one(lm: AudioLM) -> float:
     return float(worst)
 
 
-@BOTH
-def test_packed_is_one_by_one(architecture):
-    assert difference_to_one_by_one(tiny_lm(architecture)) < 1e-5
+@pytest.mark.parametrize("architecture", [OMNI, QWEN3, LLAMA])
+@pytest.mark.parametrize("recompute", [(), ("audio_encoder", "decoder")], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_packed_is_one_by_one(architecture, recompute, training):
+    """Loss and every gradient, in float64 to 1e-12: what differs in float32 is rounding and nothing else."""
+    lm = tiny_lm(architecture)
+    lm.recompute(recompute)
+    assert difference_to_one_by_one(lm.train(training)) < 3e-6
+    bn = lm.double().audio_encoder.init_bn  # always float32 otherwise
+
+    def in_float64(mel):
+        scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
+        return (mel.double() - bn.running_mean[:, None]) * scale[:, None] + bn.bias[:, None]
+
+    bn.forward = in_float64
+    assert difference_to_one_by_one(lm) < 1e-12
 
 
 def ignores_segments(q, k, v, segments, *, causal, scale=None):
@@ -120,7 +151,7 @@ def test_loss_is_the_cross_entropy_of_the_labels_and_of_nothing_else():
     row = packed(*samples, tail=5)
     every = F.cross_entropy(logits(lm, row), row.labels_T, ignore_index=NO_TARGET, reduction="none")
     wanted = torch.stack([part.sum() for part in every.split(row.segments)])
-    assert row.targets == sum(3 + n for n in range(4))  # the answers, not the prompts
+    assert row.targets == (3, 4, 5, 6)  # the answers, not the prompts
     assert (lm(row) - wanted).abs().max() < 1e-5 * wanted.max()
 
 
@@ -238,3 +269,100 @@ def test_a_frozen_part_is_not_recomputed():
         lm.recompute(["decoder"])
     with pytest.raises(UserError, match="'encoder'; write audio_encoder or decoder"):
         lm.recompute(["encoder"])
+
+
+# -- one shape for every pack, and nothing that the host waits for ------------------------------------------------------
+
+
+def fixed(*samples: Sample, slots: int = 400, n_frames: int = 900) -> Pack:
+    return pack(list(samples), slots, PAD, None, n_frames)
+
+
+@BOTH
+def test_dummy_frames_change_nothing(architecture):
+    """Talks of 682 frames in a pack of 900: loss and gradients are those of the clips alone."""
+    lm = tiny_lm(architecture)
+    plain, filled = packed(*talks(), tail=9), pack(talks(), len(packed(*talks(), tail=9).ids_T), PAD, None, 900)
+    assert (sum(plain.chunks), sum(filled.chunks)) == (sum(frames.frames(n) for n in plain.clips), 900)
+    assert (lm(plain) - lm(filled)).abs().max() < 1e-5 * lm(plain).max()
+    wanted = gradients(lm, [plain])
+    for name, gradient in gradients(lm, [filled]).items():
+        if not name.endswith("k_proj.bias"):
+            assert (gradient - wanted[name]).abs().max() <= 1e-5 * wanted[name].abs().max(), name
+
+
+def test_a_pack_of_dummy_frames_alone_gives_zero_gradients_to_the_audio_side():
+    lm = tiny_lm()
+    found = gradients(lm, [fixed(conversation(0), conversation(1))])
+    audio = [g for name, g in found.items() if name.startswith("audio_")]
+    assert not [name for name, g in found.items() if g is None]
+    assert not any(g.any() for g in audio)
+
+
+def faked(row: Pack, device: str) -> Pack:
+    """The pack with tensors that have a shape and a device, and no content."""
+    tensors = {f.name: getattr(row, f.name) for f in dataclasses.fields(row)}
+    empty = {
+        k: torch.empty(t.shape, dtype=t.dtype, device=device) for k, t in tensors.items() if isinstance(t, torch.Tensor)
+    }
+    return dataclasses.replace(row, **empty)
+
+
+def fake_lm(architecture: str, device: str) -> AudioLM:
+    with torch.device(device):
+        lm = AudioLM(TINY, architecture, FIELDS[architecture])
+    tables = torch.empty(512, device=device), torch.empty(257, 64, device=device)
+    lm.audio_encoder.log_mel.tables = lambda _: tables  # made once, at the first clip
+    return lm
+
+
+@BOTH
+@pytest.mark.parametrize("recompute", [(), ("audio_encoder", "decoder")])
+def test_forward_and_backward_read_nothing_from_the_device(architecture, recompute):
+    """Tensors without content: an .item(), a nonzero, a boolean index or a masked_select would raise."""
+    row = fixed(*talks())
+    with FakeTensorMode():
+        lm = fake_lm(architecture, "cpu")
+        lm.recompute(recompute)
+        lm(faked(row, "cpu")).sum().backward()
+        assert all(p.grad is not None for p in lm.parameters())
+        with pytest.raises(DataDependentOutputException):
+            lm(faked(row, "cpu")).sum().item()
+
+
+@BOTH
+@pytest.mark.parametrize("kernel", attention.KERNELS)
+def test_on_a_gpu_nothing_stays_on_the_host(architecture, kernel):
+    row = fixed(*talks())
+    attention.ask(kernel)
+    try:
+        with FakeTensorMode():
+            assert fake_lm(architecture, "cuda")(faked(row, "cuda")).device.type == "cuda"
+    finally:
+        attention.ask("auto")
+
+
+COMPILED = """
+import torch
+from tests.model import conversation, gradients, tiny_lm
+from tests.model.test_audio_lm import fixed, talks
+plain, lm = tiny_lm({0!r}), tiny_lm({0!r})
+lm.compile_blocks("eager")
+many = [fixed(*talks()), fixed(conversation(5, 64_000)), fixed(conversation(6), conversation(7, 3_200, 9_000))]
+found, wanted = gradients(lm, many[:1]), gradients(plain, many[:1])
+assert all((found[n] - g).abs().max() <= 1e-4 * g.abs().max() + 1e-6 for n, g in wanted.items())
+compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+with torch._dynamo.config.patch(error_on_recompile=True):
+    for row in many:
+        assert (lm(row) - plain(row)).abs().max() < 1e-5 * plain(row).max()
+        gradients(lm, [row])
+print("compiled once:", compiled)
+"""
+
+
+@BOTH
+def test_compiled_blocks_are_compiled_once_for_all_packs_of_a_shape(architecture):
+    """In a process of its own: type checks of the tests are not to be compiled."""
+    ran = subprocess.run([sys.executable, "-c", COMPILED.format(architecture)], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout.split("compiled once:")[1]) > 0

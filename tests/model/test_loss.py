@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from midasheng.model import loss
-from midasheng.model.loss import target_loss
+from midasheng.model.loss import target_loss, verify
 
 
 def made(n: int = 37, width: int = 16, vocabulary: int = 50, dtype=torch.float64, seed: int = 0):
@@ -93,3 +93,11 @@ def test_all_logits_are_never_there_at_once(monkeypatch):
         with Largest() as largest:
             way(hidden, weight, labels).sum().backward()
         assert largest.elements == bound, way  # the head itself is the largest thing
+
+
+def test_the_loss_is_held_to_the_plain_one_before_training(monkeypatch):
+    assert verify() < 1e-6
+    assert verify(dtype=torch.bfloat16) < 2e-2
+    monkeypatch.setattr(loss, "_slope", lambda logits, total, labels: logits.softmax(1))
+    with pytest.raises(AssertionError, match="chunked loss"):
+        verify()

@@ -159,8 +159,10 @@ def test_a_full_pack_is_full_in_as_few_segments_as_can_be(n_frames, slots, most,
     assert max(row.segments) <= most.slots
     assert all(frames.frames(n) <= most.frames for n in row.clips)
     assert int(row.is_audio_T.sum()) == sum(frames.audio_tokens(n) for n in row.clips)
-    assert row.targets == pytest.approx(min(slots * most.targets, int((~row.is_audio_T).sum())), abs=segments)
+    assert sum(row.targets) == pytest.approx(min(slots * most.targets, int((~row.is_audio_T).sum())), abs=segments)
     assert not (row.is_audio_T & (row.labels_T != -100)).any()
+    assert sum(row.chunks) == n_frames
+    assert len(row.audio_L) == frames.waveform(n_frames)  # as the loader's packs
 
 
 def test_more_frames_than_slots_can_hold_are_cut():
@@ -168,6 +170,7 @@ def test_more_frames_than_slots_can_hold_are_cut():
     row = full_pack(10_000, 100, Dearest(100, 500, 0.3), VOCAB)
     assert (sum(row.segments), len(row.keys)) == (100, 20)
     assert int(row.is_audio_T.sum()) == sum(frames.audio_tokens(n) for n in row.clips) == 100 - 2 * 20
+    assert sum(row.chunks) == 10_000  # the encoder runs over them all the same
 
 
 def lora_lm() -> AudioLM:
@@ -204,6 +207,18 @@ def test_trying_leaves_no_trace(packs, held):
         assert all(bool((p.grad == 7).all()) for p in lm.parameters() if p.requires_grad)
     else:
         assert all(p.grad is None for p in lm.parameters())
+
+
+def test_trying_compiles_nothing():
+    """Blocks that have met four sizes would be compiled for any size."""
+    met: list[object] = []
+    lm = tiny_lm()
+    for block in [*lm.audio_encoder.blocks, *lm.decoder.model.layers]:
+        block.compile(backend=lambda graph, inputs: met.append(graph) or graph.forward)
+    memory_of(lm).step(252, 120)
+    assert not met
+    lm(full_pack(252, 120, Dearest(40, 25, 0.4), VOCAB))
+    assert met
 
 
 def really(lm: AudioLM, packs: int) -> int:
@@ -246,7 +261,8 @@ def test_a_step_takes_what_was_predicted(make, packs, recompute, half):
     assert tried.needs(fit, Budget(400, 504, packs)) == pytest.approx(took, rel=0.03)
     assert 0 < fit.residual < 0.01 * took
     assert min(fit.step[1:]) > 0
-    assert fit.loaded[1:] == pytest.approx([4 * 640, 25], rel=0.2)  # samples; ids, labels, positions, is_audio
+    assert 4 * 640 <= fit.loaded[1] < 4 * 800  # samples
+    assert 25 <= fit.loaded[2] < 40  # ids, labels, positions, is_audio, and some indices
     other = memory_of(lm, 5)
     assert tried.needs(fit, Budget(400, 504, 5)) == pytest.approx(other.step(504, 400), rel=0.03)
 
@@ -357,19 +373,19 @@ def test_the_worst_pack_runs_before_the_first_step_and_before_a_resume(tiny, tmp
 @pytest.mark.parametrize("kind", ["report", "throughput"])
 def test_packs_that_do_not_fit_are_an_error_before_anything_is_written(tiny, tmp_path, kind):
     """And what the error says to write runs."""
-    more = {"hardware__memory_gib": 0.015, "batch__kind": kind, "batch__pack_slots": 1200, "batch__clips_per_step": 60}
+    more = {"hardware__memory_gib": 0.02, "batch__kind": kind, "batch__pack_slots": 1200, "batch__clips_per_step": 60}
     with pytest.raises(UserError) as error:
         run_stage("stage1_align", tiny, tmp_path / "runs", **more)
     assert not (tmp_path / "runs").exists()
     number, written_ = r"(\d\.\d+)", {"report": "batch.packs_per_step", "throughput": "batch.pack_slots"}[kind]
     found = re.fullmatch(
-        rf"packs of (\d+) slots and (\d+) frames: a step takes {number} GiB of memory, allowed are 0.0135 \(90 % of "
-        rf"0.015\); packs of (\d+) slots and (\d+) frames would fit; write {written_}=(\d+) or "
+        rf"packs of (\d+) slots and (\d+) frames: a step takes {number} GiB of memory, allowed are 0.018 \(90 % of "
+        rf"0.02\); packs of (\d+) slots and (\d+) frames would fit; write {written_}=(\d+) or "
         r"hardware.recompute=\[audio_encoder,decoder\]",
         str(error.value),
     )
     assert found, str(error.value)
-    assert float(found[3]) > 0.0135
+    assert float(found[3]) > 0.018
     if kind == "throughput":
         assert found[6] == found[4]
         assert int(found[4]) % 256 == 0

@@ -76,13 +76,22 @@ def test_speed_is_useful_work_over_the_whole_wall_clock(clock):
     assert row == pytest.approx(
         {
             "seconds": 10, "audio_h_per_device_h": 3 / 10 / 2, "mfu": useful / 10 / 2 / 1e6, "slots_per_s": 1.8,
-            "decoder_padding": 6 / 24, "waiting": 0.15 / 2,
+            "encoder_padding": 0, "decoder_padding": 6 / 24, "waiting": 0.15 / 2,
         }
     )  # fmt: skip
     clock[0] += 5
     assert speed.row(lambda t: t) == {
-        "seconds": 5, "audio_h_per_device_h": 0, "mfu": 0, "slots_per_s": 0, "decoder_padding": 0, "waiting": 0
+        "seconds": 5, "audio_h_per_device_h": 0, "mfu": 0, "slots_per_s": 0, "encoder_padding": 0,
+        "decoder_padding": 0, "waiting": 0
     }  # fmt: skip
+
+
+@pytest.mark.parametrize(("real", "padded"), [(16, 0.0), (4, 0.75), (0, 1.0)])
+def test_padding_is_the_padded_share_and_not_its_complement(clock, real, padded):
+    speed = Speed(COST, peak=1e6, devices=1)
+    speed.add(pack([sample("a", real, 1)] if real else [], 16, 0))
+    clock[0] += 1
+    assert speed.row(lambda t: t)["decoder_padding"] == padded
 
 
 def test_speed_adds_up_over_ranks(clock):

@@ -1,5 +1,6 @@
 """Unbroken and interrupted runs are the same run, bit for bit; on two processes the same run as on one."""
 
+import itertools
 import json
 import os
 import shutil
@@ -7,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -122,6 +123,39 @@ def test_killed_without_warning_goes_back_to_the_last_checkpoint(tiny, tmp_path,
             run_stage("stage1_align", tiny, tmp_path / "parts", run__length="6 steps", log__checkpoint_every=3)
     parts = run_stage("stage1_align", tiny, tmp_path / "parts", run__length="6 steps", log__checkpoint_every=3)
     same_run(unbroken, parts)
+
+
+def ctrl_c() -> None:
+    signal.raise_signal(signal.SIGINT)
+
+
+def death() -> None:
+    raise MemoryError
+
+
+def interrupt_behind_pack(monkeypatch: pytest.MonkeyPatch, number: int, interruption: Callable[[], None]) -> None:
+    """When pack `number` (from 1, since the start or resume) has added its gradients, and before the next one has."""
+    backward, packs = StageModule.manual_backward, itertools.count(1)
+
+    def interrupted(self, loss):
+        backward(self, loss)
+        if next(packs) == number:
+            interruption()
+
+    monkeypatch.setattr(StageModule, "manual_backward", interrupted)
+
+
+def test_interrupted_in_the_middle_of_an_accumulation_equals_unbroken(tiny, tmp_path, monkeypatch):
+    """When two of a step's three packs are accumulated: Ctrl-C lets the step be finished, a death goes back to the last
+    checkpoint. No pack counts twice, and no half of a gradient or of a row is kept."""
+    more = {"batch__packs_per_step": 3, "run__length": "8 steps", "log__checkpoint_every": 5, "log__every": 2}
+    unbroken = run_stage("stage1_align", tiny, tmp_path / "whole", **more)
+    for interruption, pack, raised in ((ctrl_c, 3 + 2, Stopped), (death, 3 * 3 + 2, MemoryError)):
+        with monkeypatch.context() as patch:
+            interrupt_behind_pack(patch, pack, interruption)
+            with pytest.raises(raised):
+                run_stage("stage1_align", tiny, tmp_path / "parts", **more)
+    same_run(unbroken, run_stage("stage1_align", tiny, tmp_path / "parts", **more))
 
 
 def test_killed_before_the_first_checkpoint_begins_anew(tiny, tmp_path, monkeypatch):
@@ -270,25 +304,53 @@ def on_two(folder: Path, tiny: Tiny, patch: str = "", **more: object) -> subproc
     )  # fmt: skip
 
 
-def test_world_size_two_resumes_a_run_of_one(tiny, tmp_path, monkeypatch):
-    """Another number of processes, and one again, goes on with exactly the same samples in the same steps."""
-    more = {"optim__name": "adamw", "run__length": "7 steps"}
-    one = run_stage("stage1_align", tiny, tmp_path / "one", **more)
-    with monkeypatch.context() as patch:
-        stop_after(patch, 1)
-        with pytest.raises(Stopped):
-            run_stage("stage1_align", tiny, tmp_path / "two", **more)
-    done = on_two(tmp_path / "two", tiny, STOPS.format(step=4), **more)
-    assert done.returncode == 130, done.stdout + done.stderr
-    assert "resuming at step 2 of 7" in done.stdout
-    two = tmp_path / "two/mini/stage1_align"
-    assert list(ledger_rows(two)) == [0, 1, 2, 3, 4]
-    run_stage("stage1_align", tiny, tmp_path / "two", **more)
-    assert ledger_rows(two) == ledger_rows(one)
-    assert [len(list(frames_of(two / f"ledger/rank{rank}.bin"))) for rank in (0, 1)] == [5, 2]
-    for a, b in zip(read_metrics(one / "metrics.jsonl"), read_metrics(two / "metrics.jsonl"), strict=True):
-        assert (a["step"], a["targets"]) == (b["step"], b["targets"])
+def optimizer_groups(checkpoint: Path) -> list[dict]:
+    return torch.load(checkpoint, weights_only=True)["optimizer_states"][0]["param_groups"]
+
+
+@pytest.fixture(scope="module")
+def elastic(tiny, tmp_path_factory) -> tuple[Path, Path, list[dict]]:
+    """An unbroken run of one process; the same one on one process, on two, and on one again, stopped in the warm-up and
+    behind it; and the optimizer's groups where the two stopped. In blocks so small that each draws its own samples."""
+    runs = tmp_path_factory.mktemp("elastic")
+    more = {
+        "optim__name": "adamw", "run__length": "9 steps", "run__warmup": "4 steps", "batch__packs_per_step": 3
+    }  # fmt: skip
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan_room, "BLOCK", 8)
+        patch.setattr(plan_room, "WINDOW", 4)
+        unbroken = run_stage("stage1_align", tiny, runs / "unbroken", **more)
+        stopped_run(tiny, runs, patch, 1, **more)
+        done = on_two(runs, tiny, "plan.BLOCK, plan.WINDOW = 8, 4" + STOPS.format(step=4), **more)
+        assert done.returncode == 130, done.stdout + done.stderr
+        assert "resuming at step 2 of 9" in done.stdout
+        run = runs / "mini/stage1_align"
+        assert list(ledger_rows(run)) == [0, 1, 2, 3, 4]
+        of_two = optimizer_groups(run / "checkpoints/last.ckpt")
+        run_stage("stage1_align", tiny, runs, **more)
+    return unbroken, run, of_two
+
+
+def test_on_one_process_then_two_then_one_a_run_takes_the_samples_of_an_unbroken_one_step_for_step(elastic):
+    """Three packs a step are accumulated on one rank, or dealt to two: equal ledgers, losses within float noise."""
+    unbroken, run, _ = elastic
+    assert list(ledger_rows(run)) == list(range(9))
+    assert ledger_rows(run) == ledger_rows(unbroken)
+    assert [len(list(frames_of(run / f"ledger/rank{rank}.bin"))) for rank in (0, 1)] == [6, 2]
+    for a, b in zip(read_metrics(unbroken / "metrics.jsonl"), read_metrics(run / "metrics.jsonl"), strict=True):
+        assert (a["step"], a.get("targets")) == (b["step"], b.get("targets"))
         assert a.get("loss", a.get("val_loss")) == pytest.approx(b.get("loss", b.get("val_loss")), rel=1e-5)
+
+
+def test_another_number_of_processes_neither_warms_up_the_learning_rate_again_nor_rescales_it(elastic):
+    """The rates in the optimizer itself, not only the one in the curve."""
+    unbroken, run, of_two = elastic
+    rates = {r["step"]: r["lr"] for r in read_metrics(unbroken / "metrics.jsonl") if "lr" in r}
+    assert rates == {r["step"]: r["lr"] for r in read_metrics(run / "metrics.jsonl") if "lr" in r}
+    assert len(set(rates.values())) > 4
+    last = [g["lr"] for g in optimizer_groups(unbroken / "checkpoints/last.ckpt")]
+    assert [g["lr"] for g in optimizer_groups(run / "checkpoints/last.ckpt")] == last
+    assert [g["lr"] for g in of_two] == pytest.approx([lr * rates[5] / rates[9] for lr in last])
 
 
 def test_ranks_on_different_plans_end_the_run(tiny, tmp_path):
@@ -342,7 +404,7 @@ def planned(order, steps: int, *changes: tuple[int, tuple[float, ...]], restart:
         planner.change(*change)
     return {
         step.number: sorted((s.corpus, s.epoch, s.position, 1) for pack in step.packs for s in pack)
-        for step in islice(planner, steps - restart)
+        for step in itertools.islice(planner, steps - restart)
     }
 
 

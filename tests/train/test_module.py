@@ -1,0 +1,77 @@
+"""A step of training as a GPU sees it: the host hands over work and waits once."""
+
+from collections import Counter
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from midasheng.train import module as module_room
+from midasheng.train.module import StageModule
+from tests.conftest import run_stage
+
+WAITS = {
+    "item",
+    "tolist",
+    "cpu",
+    "numpy",
+    "__float__",
+    "__int__",
+    "__bool__",
+    "__index__",
+    "nonzero",
+    "is_nonzero",
+    "unique",
+}
+
+
+class Waits(TorchFunctionMode):
+    """Counts what would make the host wait for a GPU."""
+
+    def __init__(self) -> None:
+        self.seen: Counter[str] = Counter()
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        name = getattr(func, "__name__", "")
+        if name in WAITS or (name == "to" and "cpu" in map(str, args[1:])):
+            self.seen[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_of_several_packs_waits_for_the_device_once(tiny, tmp_path, monkeypatch):
+    """Losses and gradient norm come to the host together, behind the last backward; what is read from them afterwards
+    is the host's own. Models, gradients and clipping ask for nothing."""
+    before, inside = Counter(), Counter()
+    forward, clip, read = module_room.AudioLM.forward, module_room.clip, StageModule._read
+
+    def counted(into, call):
+        def wrapper(*args):
+            with Waits() as waits:
+                found = call(*args)
+            into.update(waits.seen)
+            return found
+
+        return wrapper
+
+    def read_once(self, batch, losses, norm):
+        assert len(losses) == 3
+        with Waits() as waits:
+            norm = read(self, batch, losses, norm)
+        inside.update({"cpu": waits.seen["cpu"]})
+        return norm
+
+    monkeypatch.setattr(module_room.AudioLM, "forward", counted(before, forward))
+    monkeypatch.setattr(module_room, "clip", counted(before, clip))
+    monkeypatch.setattr(StageModule, "manual_backward", counted(before, StageModule.manual_backward))
+    monkeypatch.setattr(StageModule, "_read", read_once)
+    run_stage("stage1_align", tiny, tmp_path, batch__packs_per_step=3, run__length="4 steps", log__val_every=99)
+    assert not before
+    assert inside == {"cpu": 4}
+
+
+def test_what_would_wait_is_counted():
+    with Waits() as waits:
+        assert float(torch.ones(1)) == 1
+        torch.ones(3).nonzero()
+        torch.ones(1).to("cpu")
+        torch.ones(1).cpu().tolist()
+    assert waits.seen == {"__float__": 1, "nonzero": 1, "to": 1, "cpu": 1, "tolist": 1}
