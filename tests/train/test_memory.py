@@ -285,6 +285,7 @@ def test_the_largest_budget_is_the_last_that_fits(kind, packs):
     stage = config.Stage(batch=config.Batch(kind=kind))
     shape, step = Budget(1000, 500, packs), memory_of(lora_lm(), packs)
     fit = Fit(np.array([1000.0, 2.0, 10.0]), np.array([0.0, 0.5, 0.25]), 50.0)
+    assert step.needs(fit, shape) == step.needs(fit._replace(residual=0.0), shape) + 50
     chosen = []
     for limit in (2_000, 5_000, 16_000, 40_000, 80_000):
         best = step.largest(fit, stage, shape, limit + (step.gradients if packs == 1 and kind == "report" else 0))
