@@ -162,26 +162,28 @@ def compare(
 ) -> dict[str, list[float]]:
     """Seconds of each layout in each round, every pass checked. `bare`: seconds of the roofline; `update`: the weights,
     at a rate of 0."""
-    losses, gradients = torch.zeros(0), dict[str, Tensor]()
+    (first,) = ways[PACKED]
+    losses_S = first.loss()  # also warms up
+    losses_S.sum().backward()
+    gradients = {n: p.grad.clone() for n, p in lm.named_parameters() if p.grad is not None}
+    lm.zero_grad()
     took: dict[str, list[float]] = {name: [] for name in (*ways, ROOFLINE)}
     for _ in range(rounds):
         for name, of_step in ways.items():
             seconds = 0.0
             for one in of_step:
                 start = time.process_time()
-                loss = one.loss()
-                loss.sum().backward()
+                loss = one.loss().sum()
+                loss.backward()
                 seconds += one.weight * (time.process_time() - start)
-                if name == PACKED:
-                    losses = loss.detach()
-                wanted, got = float(losses[list(one.samples)].sum()), float(loss.detach().sum())
-                assert abs(got - wanted) < 1e-5 * float(losses[list(one.samples)].abs().sum()), f"{name}: {got}, {wanted}"
-            here = {n: p.grad for n, p in lm.named_parameters() if p.grad is not None}
-            if name == PACKED:
-                gradients = {n: g.clone() for n, g in here.items()}
-            elif sorted(i for one in of_step for i in one.samples) == list(range(len(losses))):
-                off = {n: float((here[n] - g).norm() / g.norm()) for n, g in gradients.items()}
-                assert max(off.values()) < 1e-4, f"{name}: {max(off, key=lambda n: off[n])} differs by {max(off.values())}"
+                wanted = losses_S[list(one.samples)].detach()
+                off = float((loss.detach() - wanted.sum()).abs() / wanted.abs().sum())
+                assert off < 1e-5, f"{name}: loss {float(loss.detach())} instead of {float(wanted.sum())}"
+            if sorted(i for one in of_step for i in one.samples) == list(range(len(losses_S))):
+                here = {n: p.grad for n, p in lm.named_parameters() if p.grad is not None}
+                apart = {n: float((here[n] - g).norm() / g.norm()) for n, g in gradients.items()}
+                worst = max(apart, key=lambda n: apart[n])
+                assert apart[worst] < 1e-4, f"{name}: gradient of {worst} differs by {apart[worst]}"
             start = time.process_time()
             update()
             took[name].append(seconds + time.process_time() - start)
@@ -241,7 +243,8 @@ def heads(rounds: int) -> dict[str, dict[str, float]]:
             slope = run(way)
             took[name].append(time.process_time() - start)
             assert (slope - reference).norm() < 1e-4 * reference.norm(), name
-    print(f"\nloss head, {HEAD_SLOTS} slots, {len(at)} answered, {HEAD_VOCABULARY} x {WIDTH}      time   memory, of full")
+    title = f"loss head, {HEAD_SLOTS} slots, {len(at)} answered, {HEAD_VOCABULARY} x {WIDTH}"
+    print(f"\n{title:58}  time   memory, of full logits")
     rows = {}
     for name, seconds in took.items():
         ratios = min(seconds) / min(took["full logits"]), peaks[name] / peaks["full logits"]
@@ -268,10 +271,8 @@ def memory(stage: Stage) -> dict[str, Any]:
         peaks.append(peak_bytes(lambda one=one: lm(one).sum().backward()))  # type: ignore[misc]
     slope, base = np.polyfit(MEMORY_SLOTS, peaks, 1)
     off = max(abs(base + slope * n - p) / p for n, p in zip(MEMORY_SLOTS, peaks, strict=True))
-    print(
-        f"\npeak memory of a step, 2 + 2 layers: {base / 2**20:.1f} MiB + {slope / 2**10:.1f} KiB a slot, off by "
-        f"{off:.1%} at most: " + ", ".join(f"{n}: {p / 2**20:.0f} MiB" for n, p in zip(MEMORY_SLOTS, peaks, strict=True))
-    )
+    print(f"\npeak memory of a step, 2 + 2 layers: {base / 2**20:.1f} MiB + {slope / 2**10:.1f} KiB a slot")
+    print(f"  off by {off:.1%} at most; " + ", ".join(f"{peak / 2**20:.0f} MiB" for peak in peaks) + f" at {MEMORY_SLOTS}")
     return {"slots": MEMORY_SLOTS, "bytes": peaks, "base": base, "per_slot": slope, "off": off}
 
 
@@ -288,7 +289,8 @@ def sweep(stage: Stage) -> dict[str, Any]:
                     one = pack(chosen, slots, layouts.PAD)
                     loss: Callable[[], Tensor] = partial(lm, one)
                 else:
-                    size = next(n for n in itertools.count(1) if (n + 1) * max(len(s.ids) for s in stream[: n + 1]) > slots)
+                    longest = itertools.accumulate((len(s.ids) for s in stream), max)
+                    size = next(n for n, most in enumerate(longest) if (n + 1) * most > slots)
                     chosen, stream = stream[:size], stream[size:]
                     loss = partial(layouts.loss, lm, collate(chosen))
                 flops += sum(cost(lm).of(row(chosen)).values())
@@ -343,7 +345,7 @@ def main() -> None:
 
         parts = ("encoder", "projector", "decoder", "head")
         bare = partial(roofline, lm, row(samples), parts)
-        took = compare(lm, step_passes(lm, samples), bare, update, rounds - bool(number))
+        took = compare(lm, step_passes(lm, samples), bare, update, max(1, rounds - bool(number)))
         layers[name] = table(f"{name}, {stage.optim.name}", took)
         if not number:
             bare = partial(roofline, lm, row(samples), parts[:1])

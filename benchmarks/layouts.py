@@ -91,8 +91,8 @@ def encode(encoder: DashengEncoder, batch: Padded) -> Tensor:
     outside = ~first(batch.mels_B, decibel.shape[2])
     loudest = decibel.masked_fill(outside[:, None], -torch.inf).amax((1, 2), keepdim=True)
     decibel = decibel.maximum(loudest - TOP_DB)[..., : decibel.shape[2] // frames.PATCH * frames.PATCH]
-    mel = encoder.init_bn(decibel.transpose(0, 1).flatten(1)).view(frames.N_MELS, len(decibel), -1)
-    x = encoder.patch_embed.proj(mel.transpose(0, 1)[:, None])[:, :, 0].transpose(1, 2)
+    mel = encoder.init_bn(decibel.transpose(0, 1).flatten(1))
+    x = encoder.patch_embed(mel).unflatten(0, (len(batch.wave_BL), -1))
     positions = (encoder.time_pos_embed + encoder.freq_pos_embed)[0, :, 0].T
     x = x + positions.index_select(0, torch.arange(x.shape[1]) % frames.CHUNK)
     seen = first(batch.mels_B // frames.PATCH, x.shape[1])
@@ -106,7 +106,7 @@ def encode(encoder: DashengEncoder, batch: Padded) -> Tensor:
             for part, mask in zip(qkv.split(frames.CHUNK, dim=3), masks, strict=True)
         ]
         x = x + block.attn.proj(torch.cat(parts, dim=2).transpose(1, 2).flatten(2))
-        x = x + block.mlp(block.norm2(x))
+        x = x + block.mlp(block.norm2(x).flatten(0, 1)).view_as(x)
     out: Tensor = encoder.norm(x)
     return out
 
