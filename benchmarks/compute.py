@@ -136,13 +136,15 @@ def step_passes(lm: AudioLM, samples: Sequence[Sample]) -> dict[str, list[Pass]]
 def roofline(lm: AudioLM, one: Pack, parts: Sequence[str]) -> float:
     """Seconds of the parts' useful FLOPs at the rate of their matrix products, each with its two gradients."""
     rows = {
-        "audio_encoder": sum(map(frames.frames, one.clips)), "decoder": len(one.ids_T),
+        "audio_encoder": sum(map(frames.frames, one.clips)),
         "audio_projector": sum(map(frames.audio_tokens, one.clips)),
-    }  # fmt: skip
+        "decoder.model": len(one.ids_T),
+        "decoder.lm_head": len(one.target_N),
+    }
     shapes = [
-        (one.targets if name == "decoder.lm_head" else rows[name.split(".")[0]], layer.in_features, layer.out_features)
+        (next(n for part, n in rows.items() if name.startswith(part)), layer.in_features, layer.out_features)
         for name, layer in lm.named_modules()
-        if isinstance(layer, nn.Linear) and "lora_" not in name and name.split(".")[0].removeprefix("audio_") in parts
+        if isinstance(layer, nn.Linear) and "lora_" not in name and name.startswith(tuple(rows)[: len(parts)])
     ]
     flops = took = 0.0
     for n, wide, out in set(shapes):
@@ -211,7 +213,7 @@ def peak_bytes(work: Callable[[], object]) -> int:
     """The most that torch's allocator gives out beyond what was there before."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
         work()
-    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
     return max(itertools.accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
 
 
@@ -272,7 +274,7 @@ def memory(stage: Stage) -> dict[str, Any]:
     slope, base = np.polyfit(MEMORY_SLOTS, peaks, 1)
     off = max(abs(base + slope * n - p) / p for n, p in zip(MEMORY_SLOTS, peaks, strict=True))
     print(f"\npeak memory of a step, 2 + 2 layers: {base / 2**20:.1f} MiB + {slope / 2**10:.1f} KiB a slot")
-    print(f"  off by {off:.1%} at most; " + ", ".join(f"{peak / 2**20:.0f} MiB" for peak in peaks) + f" at {MEMORY_SLOTS}")
+    print(f"  off by {off:.1%} at most; MiB at {MEMORY_SLOTS}: {[round(peak / 2**20) for peak in peaks]}")
     return {"slots": MEMORY_SLOTS, "bytes": peaks, "base": base, "per_slot": slope, "off": off}
 
 
@@ -328,7 +330,7 @@ def main() -> None:
     stages = {name: config.load(Path(f"configs/{name}.yaml"), "mini", []).stage for name in STAGES}
     samples = layouts.draw(CLIPS, VOCABULARY, seed=0)
     lengths_s = [frames.seconds(len(s.clips[0])) for s in samples]
-    slots, targets = row(samples).ids_T.numel(), row(samples).targets
+    slots, targets = len(row(samples).ids_T), sum(row(samples).targets)
     shapes = (
         f"{CLIPS} clips of {np.mean(lengths_s):.2f} s ({min(lengths_s):.1f} to {max(lengths_s):.1f}), {slots} slots, "
         f"{targets} targets; encoder and decoder {DEPTH} x {WIDTH}, vocabulary {VOCABULARY}"
@@ -351,14 +353,14 @@ def main() -> None:
             bare = partial(roofline, lm, row(samples), parts[:1])
             took = compare(lm, encoder_passes(lm, samples), bare, lambda: None, max(1, rounds - 1))
             layers["encoder"] = table("encoder alone", took)
-    first = stages[STAGES[0]]
+    first, head = stages[STAGES[0]], heads(rounds)
     values = {
         "shapes": shapes, "torch": torch.__version__, "threads": 1, "rounds": rounds, "machine": platform.machine(),
-        "layouts": layers, "heads": heads(rounds), "memory": memory(first), "sweep": sweep(first),
+        "layouts": layers, "heads": head, "memory": memory(first), "sweep": sweep(first),
     }  # fmt: skip
     record("compute", values)
     print("\naims (stage 2)")
-    reached(layers[STAGES[0]], values["heads"]["ours"])
+    reached(layers[STAGES[0]], head["ours"])
 
 
 if __name__ == "__main__":

@@ -119,13 +119,13 @@ def loss(lm: AudioLM, batch: Padded, full_logits: bool = True) -> Tensor:
     x = encode(lm.audio_encoder, batch)
     groups = x[:, : x.shape[1] // frames.STACK * frames.STACK].reshape(len(x), -1, frames.STACK * x.shape[2])
     tokens = lm.audio_projector.net(groups)[first(batch.mels_B // frames.PATCH // frames.STACK, groups.shape[1])]
-    embeds = lm.decoder.embed(batch.ids_BT.masked_fill(batch.is_audio_BT, 0))
+    embeds = lm.decoder.model.embed_tokens(batch.ids_BT.masked_fill(batch.is_audio_BT, 0))
     hidden = lm.decoder.model(
         inputs_embeds=embeds.masked_scatter(batch.is_audio_BT[..., None], tokens), use_cache=False,
         attention_mask=None if batch.holds_BT.all() else batch.holds_BT.long(),
     ).last_hidden_state  # fmt: skip
     if full_logits:
-        logits = lm.decoder.logits(hidden)
+        logits = lm.decoder.lm_head(hidden)
         return F.cross_entropy(logits.flatten(0, 1), batch.labels_BT.flatten(), reduction="sum")
     asked = batch.labels_BT != NO_TARGET
     return target_loss(hidden[asked], lm.decoder.lm_head.weight, batch.labels_BT[asked]).sum()
