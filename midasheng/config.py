@@ -34,6 +34,7 @@ def section(cls: type, doc: str) -> Any:
     return field(default_factory=cls, metadata={"doc": doc, "free": False})
 
 
+AUTO = "auto"  # as batch.pack_slots
 HEARD, LEFT_OUT, TOLD = CLIPS = ("heard", "left_out", "told")  # values of data.clips
 
 
@@ -112,7 +113,11 @@ class Batch:
     kind: str = key("report", "report: clips_per_step as published; throughput: packs of pack_slots on every GPU")
     clips_per_step: int = key(256, "kind report: mean clips per step over all GPUs (published: 256, 800, 640)")
     packs_per_step: int = key(8, "packs a step is cut into, whatever the number of GPUs")
-    pack_slots: int = key(8192, "kind throughput: decoder slots of a pack; kind report derives it from the mix's mean")
+    pack_slots: int | str = key(
+        8192,
+        "kind throughput: decoder slots of a pack; auto: as many as hardware.memory_gib allows, found when a run "
+        "begins and kept by it; kind report derives it from the mix's mean",
+    )
     pack_frames: int = key(0, "encoder frames of a pack; 0: in the mix's own ratio to pack_slots")
 
 
@@ -172,6 +177,12 @@ class Hardware:
         [],
         "trained parts whose blocks compute their activations again in the backward pass instead of keeping them: "
         "audio_encoder, decoder (less memory, a third more arithmetic)",
+        free=True,
+    )
+    memory_gib: float = key(
+        0.0,
+        "memory of each device, or of each process on CPUs; packs may take 90 % of it. 0: what a GPU has; on a CPU "
+        "memory is not looked at",
         free=True,
     )
     attention: str = key("auto", "sdpa, varlen (half precision on a GPU), or auto: varlen where it runs", free=True)
@@ -412,6 +423,14 @@ def _check_values(stage: Stage) -> None:
         require(value in allowed, f"{name}: {value!r}; write {allowed[0]} or {allowed[1]}")
     kind = stage.batch.kind
     require(kind in ("report", "throughput"), f"batch.kind: {kind!r}; write report or throughput")
+    slots, gib = stage.batch.pack_slots, stage.hardware.memory_gib
+    good = slots == AUTO or (isinstance(slots, int) and slots > 0)
+    require(good, f"batch.pack_slots: {slots!r}; write a number of slots, or {AUTO}")
+    require(
+        slots != AUTO or kind == "throughput",
+        f"batch.pack_slots: {AUTO} is for batch.kind=throughput; kind {kind} derives it from clips_per_step",
+    )
+    require(gib >= 0, f"hardware.memory_gib: {gib}; write GiB of memory, or 0 for what the GPU has")
     require(stage.batch.packs_per_step > 0, f"batch.packs_per_step: {stage.batch.packs_per_step}; at least 1")
     require(len(stage.optim.betas) == 2, f"optim.betas: {stage.optim.betas}; two numbers")
     require(min(stage.log.every, stage.log.val_every, stage.log.checkpoint_every) > 0, "log.*: steps are at least 1")

@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from midasheng.config import Stage, UserError
+from midasheng.config import AUTO, Stage, UserError
 from midasheng.data.audio import Skip, decode
 from midasheng.data.index import CorpusIndex, index_folder
 from midasheng.data.ledger import AT_LEAST, BAD, SHARE
 from midasheng.data.loader import conversation
 from midasheng.data.manifest import ManifestError
 from midasheng.data.plan import TRIAL_STEPS, Planned
-from midasheng.data.room import DataRoom, mixes, open_chat, open_corpora, read_data
+from midasheng.data.room import UNKNOWN_SLOTS, DataRoom, mixes, open_chat, open_corpora, read_data
 from midasheng.data.storage import StorageError, Unreachable, read_many
 from midasheng.frames import frame_seconds
 
@@ -103,6 +103,8 @@ def check_data(stage: Stage) -> Check:
     found = Check(stage.name, stage.data.mix)
     (mix, looked_at), chat = mixes(stage), open_chat(stage)
     found.remarks += mix.notes
+    if stage.batch.pack_slots == AUTO:
+        found.remarks.append(f"batch.pack_slots={AUTO} is found by a run; planned here with {UNKNOWN_SLOTS} slots")
     trained, usable = {}, True
     for card, percent in zip(mix.cards, mix.percent, strict=True):
         found.corpora[card.name] = CorpusCheck(asked=percent)
@@ -289,6 +291,7 @@ def _among(
 
 def _plan(data: DataRoom, stage: Stage, found: Check) -> None:
     """Plan the first steps: what the mix gives, how full packs are, how often each record comes in the whole run."""
+    found.remarks += data.notes
     planner = data.planner(stage.run.seed)
     samples: list[Planned] = []
     steps = 0

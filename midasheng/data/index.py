@@ -32,6 +32,7 @@ from midasheng.data.storage import Place, ShardFile, is_url, list_shards
 from midasheng.sample import Turn, unit_hash
 
 OPEN_SIDE_FILES = 512
+TABLE = 2  # version of the tables below
 
 
 class ShardError(UserError):
@@ -129,6 +130,8 @@ class ShardRow:
     samples: int  # audio samples of the training records
     slots: float  # what a visit of each training record costs on average, audio tokens included, and in frames
     frames: int
+    most_slots: int  # what a visit of the dearest one costs
+    most_frames: int
     digest: str
     damage: list[str]
 
@@ -282,6 +285,16 @@ class CorpusIndex:
                 found.append(self.starts[shard] + np.flatnonzero(np.isin(side["span"][train, 0], list(offsets))))
         return np.concatenate(found)
 
+    def over(self, slots: int, n_frames: int) -> Iterator[tuple[str, int, int]]:
+        """(key, slots, frames) of every training record that may cost more than this; opens only the
+        side files of shards that hold one."""
+        for shard, line in enumerate(self.rows):
+            if line.most_slots > slots or line.most_frames > n_frames:
+                side, train, _ = self.side(shard)
+                most = _most(side, self.card.answers == "all")
+                for row in train[(most[0][train] > slots) | (most[1][train] > n_frames)].tolist():
+                    yield side.key(row), int(most[0][row]), int(most[1][row])
+
     # -- apart
 
     @cached_property
@@ -325,6 +338,17 @@ def _cut(card: Card, sides: Iterator[SideFile]) -> float:
     return float(hashes[over[0]]) if len(over) else card.held_out.share
 
 
+def _most(side: SideFile, together: bool) -> tuple[NDArray[Any], NDArray[Any]]:
+    """(slots, frames) that a visit of each record costs at most: its longest variant, or all of them `together`."""
+    until, heard = side["until"].astype(np.int64), side["audio"][:, 1] > 0
+    many = np.diff(until, prepend=0)
+    text, told = np.zeros(len(until), dtype=np.int64), many > 0
+    if told.any():
+        text[told] = (np.add if together else np.maximum).reduceat(side["slots"], (until - many)[told])
+    visit = heard * (many if together else 1)
+    return text + visit * frames.audio_tokens(side["n_samples"]), visit * frames.frames(side["n_samples"])
+
+
 def _table_row(side: SideFile, shard: ShardFile, rule: Rule, together: bool) -> ShardRow:
     usable, apart = rule.usable(side)
     train = np.flatnonzero(usable & ~apart)
@@ -335,6 +359,7 @@ def _table_row(side: SideFile, shard: ShardFile, rule: Rule, together: bool) -> 
     heard = side["audio"][:, 1] > 0
     tokens, n_frames = heard * frames.audio_tokens(n_samples), heard * frames.frames(n_samples)
     visit = many if together else 1
+    most_slots, most_frames = (int(most[train].max(initial=0)) for most in _most(side, together))
     digest = hashlib.sha256()
     for name in ("n_samples", "source", "reason", "until", "slots", "targets", "keys"):
         digest.update(side[name].tobytes())
@@ -342,7 +367,8 @@ def _table_row(side: SideFile, shard: ShardFile, rule: Rule, together: bool) -> 
     return ShardRow(
         shard, records=len(n_samples), train=len(train), held_out=int((usable & apart).sum()), skipped=dict(skipped),
         samples=int(n_samples[train].sum()), slots=float(((text + tokens) * visit)[train].sum()),
-        frames=int((n_frames * visit)[train].sum()), digest=digest.hexdigest()[:16], damage=side.about["damage"],
+        frames=int((n_frames * visit)[train].sum()), most_slots=most_slots, most_frames=most_frames,
+        digest=digest.hexdigest()[:16], damage=side.about["damage"],
     )  # fmt: skip
 
 
@@ -363,7 +389,7 @@ def open_corpus(
     max_samples = round(max_audio_s * frames.SAMPLE_RATE)
     excluded = excluded_by(card)
     held_out = asdict(card.held_out) if card.held_out else None
-    parts = (reading.fingerprint, held_out, max_samples, card.answers, sorted(excluded), shards)
+    parts = (TABLE, reading.fingerprint, held_out, max_samples, card.answers, sorted(excluded), shards)
     key = hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
     path = folder / card.name / f"table.{key}.json"
     sides = [side_path(folder, reading, s) for s in shards]

@@ -27,6 +27,7 @@ GOLDEN = (5**0.5 - 1) / 2
 GROUP = 65_536  # records (in whole shards) that are shuffled together: reads stay near-sequential
 WINDOW = 512  # samples that gap fill may choose from
 ARRIVAL = 0.8  # up to this fill samples are taken in the order in which they arrive
+SLOT_UNIT = 256  # pack_slots that are proposed are a multiple of it
 LEAST_FIT = 0.95  # of a corpus' samples must fit a pack: a cap must not quietly take the long clips away
 ROOM = 1.02  # frames of a pack over its share by the mix's mean: slots are the dearer ones and must not wait for frames
 TRIAL_STEPS = 32  # steps planned in advance to turn clips, hours or epochs into steps
@@ -41,6 +42,9 @@ class Corpus(Protocol):
 
     def columns(self, shard: int) -> Columns:
         """Audio samples and token counts of one shard's training records."""
+
+    def key(self, number: int) -> str:
+        """Key of a training record."""
 
     @property
     def summary(self) -> Any:
@@ -404,11 +408,23 @@ def check_fits(planner: Planner) -> None:
         rows = planner._samples(number, 0, group, np.arange(len(group.record)))
         fits = _fits(rows, shape)
         if fits.mean() < LEAST_FIT:
+            need = rows[~fits][:, [SLOTS, FRAMES]] / [shape.pack_slots, max(1, shape.pack_frames)]
+            longest = Planned._make(rows[~fits][need.max(axis=1).argmax()].tolist())
             raise UserError(
                 f"corpus {corpus.card.name}: {(~fits).sum()} of {len(fits)} samples fit no pack of "
-                f"{shape.pack_slots} slots and {shape.pack_frames} frames and would never be trained on; lower "
-                "batch.packs_per_step or data.max_audio_s (kind throughput: raise batch.pack_slots)"
+                f"{shape.pack_slots} slots and {shape.pack_frames} frames and would never be trained on; "
+                + named(corpus.key(longest.record), longest.slots, longest.frames, shape)
             )
+
+
+def named(key: str, slots: int, n_frames: int, shape: Budget) -> str:
+    """The dearest of the samples that fit no pack, and what to write about them."""
+    larger = [f"batch.pack_slots={-(-slots // SLOT_UNIT) * SLOT_UNIT} (kind throughput)"] * (slots > shape.pack_slots)
+    larger += [f"batch.pack_frames={n_frames}"] * (n_frames > shape.pack_frames)
+    return (
+        f"the longest, {key}, is {frames.frame_seconds(n_frames):.1f} s and {slots} slots. Lower batch.packs_per_step "
+        f"or data.max_audio_s, or write {' and '.join(larger)}"
+    )
 
 
 def mean_cost(corpora: Sequence[Corpus], percent: Sequence[float]) -> tuple[float, float]:

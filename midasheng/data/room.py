@@ -12,8 +12,10 @@ from midasheng.data.chat import Chat
 from midasheng.data.held_out import HeldOutSet
 from midasheng.data.index import CorpusIndex, ShardError, index_folder, open_corpus
 from midasheng.data.manifest import Card, ManifestError, Mix, read_mix
-from midasheng.data.plan import Budget, Planner, budget, check_fits, steps_of
+from midasheng.data.plan import Budget, Planner, budget, check_fits, named, steps_of
 from midasheng.data.shard import Reading
+
+UNKNOWN_SLOTS = 8192  # of a pack, where only a run can find out how many its memory holds
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,29 @@ class Course:
 
     steps: int
     warmup: int
+
+
+@dataclass(frozen=True)
+class Sources:
+    """What a stage is to be trained on, before it is known how much of it a pack holds."""
+
+    mix: Mix
+    chat: Chat
+    corpora: tuple[CorpusIndex, ...]
+    also: dict[str, tuple[CorpusIndex, ...]]
+
+    def shape(self, stage: Stage, pack_slots: int) -> Budget:
+        """The budget that `pack_slots` would give; kind "report" derives its own."""
+        b = stage.batch
+        return budget(
+            self.corpora, self.mix.percent, kind=b.kind, clips_per_step=b.clips_per_step,
+            packs_per_step=b.packs_per_step, pack_slots=pack_slots, pack_frames=b.pack_frames,
+        )  # fmt: skip
+
+    def most(self) -> tuple[int, int]:
+        """(slots, frames) of the dearest samples."""
+        rows = [row for corpus in self.corpora for row in corpus.rows]
+        return max(row.most_slots for row in rows), max(row.most_frames for row in rows)
 
 
 @dataclass(frozen=True)
@@ -34,6 +59,7 @@ class DataRoom:
     budget: Budget
     course: Course
     held_out: tuple[HeldOutSet, ...]  # of the mix, then of data.also
+    notes: tuple[str, ...] = ()  # on samples that fit no pack
 
     def planner(self, seed: int) -> Planner:
         """A planner at step 0."""
@@ -90,19 +116,43 @@ def _check(corpora: Sequence[CorpusIndex], damaged: str, *, trains: bool) -> Non
             raise ManifestError(f"corpus {corpus.card.name}: no record can be trained on (left out: {reasons})")
 
 
+def _unfit(corpora: Sequence[CorpusIndex], shape: Budget) -> tuple[str, ...]:
+    """For each corpus with records that may fit no pack: how many, and the longest by name."""
+    notes = []
+    for corpus in corpora:
+        over = list(corpus.over(shape.pack_slots, shape.pack_frames))
+        if over:
+            limits = shape.pack_slots, max(1, shape.pack_frames)
+            key, slots, n_frames = max(over, key=lambda o: max(o[1] / limits[0], o[2] / limits[1]))
+            notes.append(
+                f"corpus {corpus.card.name}: {len(over)} of {len(corpus)} records may fit no pack (then skipped); "
+                + named(key, slots, n_frames, shape)
+            )
+    return tuple(notes)
+
+
 def read_data(stage: Stage, *, make: bool) -> DataRoom:
     """Read mix, cards, shards and tokenizer; `make` what is missing of the index. Raises UserError."""
-    d, b = stage.data, stage.batch
+    return plan_data(stage, open_data(stage, make=make))
+
+
+def open_data(stage: Stage, *, make: bool) -> Sources:
+    """Everything up to the budget. Raises UserError."""
+    d = stage.data
     (mix, looked_at), chat = mixes(stage), open_chat(stage)
     corpora = open_corpora(stage, chat, mix.cards, make=make)
     also = {name: open_corpora(stage, chat, other.cards, make=make) for name, other in looked_at.items()}
     _check(corpora, d.damaged, trains=True)
     for others in also.values():
         _check(others, d.damaged, trains=False)
-    shape = budget(
-        corpora, mix.percent, kind=b.kind, clips_per_step=b.clips_per_step, packs_per_step=b.packs_per_step,
-        pack_slots=b.pack_slots, pack_frames=b.pack_frames,
-    )  # fmt: skip
+    return Sources(mix, chat, corpora, also)
+
+
+def plan_data(stage: Stage, sources: Sources) -> DataRoom:
+    """The budget and all that follows from it. Raises UserError."""
+    mix, chat, corpora = sources.mix, sources.chat, sources.corpora
+    asked = stage.batch.pack_slots
+    shape = sources.shape(stage, asked if isinstance(asked, int) else UNKNOWN_SLOTS)
 
     def planner() -> Planner:
         return Planner(corpora, mix.percent, shape, stage.run.seed)
@@ -116,6 +166,7 @@ def read_data(stage: Stage, *, make: bool) -> DataRoom:
             f"(run.length: {stage.run.length}); lower it, or raise run.length"
         )
     held_out = tuple(
-        HeldOutSet(name, asked, chat, shape, d.val_clips) for name, asked in ((mix.name, corpora), *also.items())
+        HeldOutSet(name, asked_of, chat, shape, stage.data.val_clips)
+        for name, asked_of in ((mix.name, corpora), *sources.also.items())
     )
-    return DataRoom(mix, chat, corpora, shape, course, held_out)
+    return DataRoom(mix, chat, corpora, shape, course, held_out, _unfit(corpora, shape))

@@ -23,12 +23,12 @@ from midasheng.data.index import CorpusIndex
 from midasheng.data.ledger import Ledger, Skipped, drop_after, trim
 from midasheng.data.loader import first_clips, train_loader
 from midasheng.data.plan import Planner, differences
-from midasheng.data.room import DataRoom, read_data
+from midasheng.data.room import DataRoom, open_data, plan_data
 from midasheng.model import adapt, attention, loss, weights
 from midasheng.model.audio_lm import AudioLM
 from midasheng.model.encoder import EncoderShape
 from midasheng.sample import counter_seed
-from midasheng.train import optim
+from midasheng.train import memory, optim
 from midasheng.train.listening import ListeningTest
 from midasheng.train.meter import add_event
 from midasheng.train.module import StageModule, Stopped, StopRequest
@@ -145,7 +145,7 @@ def verified(stage: Stage) -> str:
     )
 
 
-def header(order: Order, data: DataRoom, kernels: str) -> str:
+def header(order: Order, data: DataRoom, kernels: str, memory_lines: Sequence[str]) -> str:
     """What this run is, for the terminal and the run folder."""
     b, stage = data.budget, order.stage
     lines = [f"{stage.name} at {order.scale} -> {order.folder}", *data.mix.notes]
@@ -160,7 +160,8 @@ def header(order: Order, data: DataRoom, kernels: str) -> str:
         f"{b.pack_slots} slots and {b.pack_frames} frames; {stage.optim.name}, lr {stage.optim.lr:g}, "
         f"{stage.run.precision}"
     )
-    return "\n".join([*lines, kernels]) + "\n"
+    lines += [f"  note: {note}" for note in data.notes]
+    return "\n".join([*lines, kernels, *memory_lines]) + "\n"
 
 
 def fit(order: Order) -> None:
@@ -168,14 +169,17 @@ def fit(order: Order) -> None:
 
     Raises UserError for mistakes of the user, Stopped after Ctrl-C (a checkpoint is there then).
     """
-    stage, folder, first = order.stage, order.folder, is_first()
-    config.check_start(stage)
-    if stage.hardware.threads:
-        torch.set_num_threads(stage.hardware.threads)
-    data = read_data(stage, make=first)
+    folder, first = order.folder, is_first()
+    config.check_start(order.stage)
+    if order.stage.hardware.threads:
+        torch.set_num_threads(order.stage.hardware.threads)
+    sources = open_data(order.stage, make=first)
     starts = open_starts(order)
     for start in starts:
-        weights.check_tokenizer(start, data.chat.fingerprint())
+        weights.check_tokenizer(start, sources.chat.fingerprint())
+    order = memory.pack_slots(order, sources, lambda: build(order, starts)[0])
+    stage = order.stage
+    data = plan_data(stage, sources)
     planner = data.planner(stage.run.seed)
     inputs = {"plan": planner.fingerprint(), "parents": parents_of(starts)}
     state = "new" if order.fresh else check_run_folder(order, inputs)
@@ -183,7 +187,8 @@ def fit(order: Order) -> None:
         print(f"{folder} is finished (NAME=... for another run, FRESH=1 to train it again)")
         return
     model, table, plan = build(order, starts)
-    text = header(order, data, verified(stage)) + "\n" + table
+    kernels = verified(stage)
+    text = header(order, data, kernels, memory.check(order, model, sources, data.budget)) + "\n" + table
     if first:
         print(text)
         if order.fresh:

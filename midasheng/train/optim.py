@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from midasheng.config import ConfigError, Optim
+from midasheng.model.adapt import LARGE
 
 
 def learning_rate(step: int, steps: int, warmup: int, final: float) -> float:
@@ -51,6 +52,22 @@ def optimizer(named: Iterable[tuple[str, nn.Parameter]], optim: Optim) -> torch.
         groups(named, optim), lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps
     )
     return made
+
+
+def state_bytes(parameters: Iterable[nn.Parameter], name: str) -> int:
+    """What the optimizer will keep of these parameters: two moments, of 8 bits with a float32 scale for each 256, or as
+    the parameter is; torch's own counts steps in a tensor each."""
+    total = 0
+    eight_bit = False
+    for p in parameters:
+        if name == "adamw":
+            total += 2 * p.numel() * p.element_size() + 4
+        elif p.numel() < LARGE:
+            total += 2 * p.numel() * 4
+        else:
+            total += 2 * (p.numel() + 4 * -(-p.numel() // 256))
+            eight_bit = True
+    return total + eight_bit * 2 * 256 * 4  # the tables of what 8 bits stand for, shared by all
 
 
 @torch.no_grad()

@@ -3,6 +3,7 @@
 import hashlib
 import itertools
 import json
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -58,6 +59,9 @@ class Corpus:
         slots, targets = self.slots[here], self.targets[here]
         until = np.cumsum([len(s) for s in slots])
         return Columns(self.n_samples[here], until, np.concatenate(slots), np.concatenate(targets))
+
+    def key(self, number: int) -> str:
+        return f"record {number}"
 
     def cost(self, record: int, variant: int) -> tuple[int, int, int]:
         """(slots, frames, targets) of a sample, in plain words."""
@@ -706,10 +710,11 @@ def test_corpus_that_fits_no_pack_is_an_error():
         long = corpus("long", lengths)
         with pytest.raises(UserError) as error:
             check_fits(planner((CORPORA[0].first(1), long), (50, 50), shape))
-        assert str(error.value) == (
+        assert re.fullmatch(
             f"corpus long: {lengths.count(40)} of {len(lengths)} samples fit no pack of 400 slots and 600 frames and "
-            "would never be trained on; lower batch.packs_per_step or data.max_audio_s (kind throughput: raise "
-            "batch.pack_slots)"
+            r"would never be trained on; the longest, record [0-5], is 40.0 s and 2\d\d slots. Lower "
+            "batch.packs_per_step or data.max_audio_s, or write batch.pack_frames=1000",
+            str(error.value),
         )
     check_fits(planner((corpus("long", [40.0] * 5 + [1.0] * 95),), (100,), shape))
     check_fits(planner())

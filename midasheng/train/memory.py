@@ -1,0 +1,348 @@
+"""How much memory a pack takes: a few packs are tried before step 0, a line through them says how large one may be."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from midasheng import config, frames
+from midasheng.config import AUTO, ConfigError, Stage, UserError
+from midasheng.data.plan import SLOT_UNIT, Budget, Planner
+from midasheng.data.room import Sources
+from midasheng.model.audio_lm import AudioLM
+from midasheng.sample import NO_TARGET, Pack, Sample, pack
+from midasheng.train import optim
+from midasheng.train.order import Order, is_first
+
+ALLOWED = 0.9  # of the memory: allocators fragment it, and libraries keep workspaces of their own
+TRIED = ((0.25, 0.25), (0.25, 0.5), (0.375, 0.375), (0.5, 0.5))  # (frames, slots) as parts of a full pack
+LEAST_TRIED = 2048  # slots of a full pack, where its size is to be found
+LOOK = 8  # steps of the plan whose packs say how many targets there are
+MOST_UNITS, MOST_PACKS = 2**12, 2**12  # of slots, packs of a step: beyond them nothing is proposed
+WAIT_S = 600.0  # for the first process to find the size of a pack
+GIB = 2**30
+OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
+
+
+# -- measuring ---------------------------------------------------------------------------------------------------------
+
+
+class _Live(TorchDispatchMode):
+    """Bytes of the storages that are born while it is on and not yet dead, and their peak; views share a storage."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = self.peak = 0
+        self.met: dict[int, weakref.ref[torch.UntypedStorage]] = {}  # a storage's object lives as long as it does
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        for tensor in tree_leaves((args, kwargs)):
+            self._meet(tensor, born=False)
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            self._meet(tensor, born=True)
+        return out
+
+    def _meet(self, tensor: object, *, born: bool) -> None:
+        if not isinstance(tensor, Tensor):
+            return
+        storage = tensor.untyped_storage()
+        if (number := id(storage)) in self.met:
+            return
+        size = storage.nbytes() if born else 0
+
+        def gone(_: object) -> None:
+            del self.met[number]
+            self.bytes -= size
+
+        self.met[number] = weakref.ref(storage, gone)
+        self.bytes += size
+        self.peak = max(self.peak, self.bytes)
+
+
+def peak_bytes(run: Callable[[], object], device: torch.device | str = "cpu") -> int:
+    """The most that live tensors grow by while `run` runs, in bytes; on a GPU, by the allocator's own count."""
+    if torch.device(device).type != "cuda":
+        with _Live() as live:
+            run()
+        return live.peak
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    run()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def size_of(tensors: Sequence[Tensor]) -> int:
+    """Bytes of tensors, what they share counted once."""
+    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+# -- a pack that costs most --------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Dearest:
+    """The largest that a mix has: slots and frames of one sample, share of a pack's slots that are targets."""
+
+    slots: int
+    frames: int
+    targets: float
+
+
+def dearest(sources: Sources, planner: Planner) -> Dearest:
+    """What packs are to be tried with. `planner` is at its beginning and is used up."""
+    slots, n_frames = sources.most()
+    packs = [chosen for step in islice(planner, LOOK) for chosen in step.packs]
+    share = max(sum(s.targets for s in chosen) for chosen in packs) / planner.budget.pack_slots
+    return Dearest(slots, n_frames, share)
+
+
+def full_pack(n_frames: int, slots: int, most: Dearest, vocabulary: int) -> Pack:
+    """A pack of noise without any room left, in as few conversations as the dearest sample allows."""
+    many = max(1, -(-slots // max(1, most.slots)), -(-n_frames // max(1, most.frames)))
+    draw = np.random.default_rng(0)
+    samples = []
+    for i in range(many):
+        own = slots * (i + 1) // many - slots * i // many
+        heard = n_frames * (i + 1) // many - n_frames * i // many
+        heard = min(heard, max(0, own - 2) * frames.STACK + frames.STACK - 1)
+        tokens = heard // frames.STACK
+        clips = [0.1 * draw.standard_normal(frames.most_samples(heard), dtype=np.float32)] if tokens else []
+        is_audio = np.arange(own) < tokens
+        targets = min(round(own * most.targets), own - tokens)
+        labels = np.where(np.arange(own) < own - targets, NO_TARGET, draw.integers(0, vocabulary, own))
+        samples.append(
+            Sample("tried", f"tried{i}", "tried", draw.integers(0, vocabulary, own), labels, is_audio, tuple(clips))
+        )
+    audio = np.zeros(frames.waveform(n_frames), dtype=np.float32)
+    noise = [clip for sample in samples for clip in sample.clips]
+    audio[: sum(map(len, noise))] = np.concatenate([*noise, audio[:0]])
+    return pack(samples, slots, 0, audio, n_frames)
+
+
+# -- what a pack takes -------------------------------------------------------------------------------------------------
+
+
+class Fit(NamedTuple):
+    """Lines in (1, frames, slots) of a full pack: peak bytes of a step beside the packs that lie ready, and bytes of
+    such a pack; `residual`: of the tried pack that the first misses most."""
+
+    step: NDArray[np.float64]
+    loaded: NDArray[np.float64]
+    residual: float
+
+
+class Memory:
+    """Steps of one process on its device. `packs`: how many of a step it runs; `world`: processes."""
+
+    def __init__(self, lm: AudioLM, stage: Stage, device: torch.device, most: Dearest, packs: int, world: int) -> None:
+        self.lm, self.device, self.most, self.packs, self.world = lm, device, most, packs, world
+        self.learn = [p for p in lm.parameters() if p.requires_grad]
+        self.gradients = gradients = sum(p.numel() * p.element_size() for p in self.learn)
+        # the first pack of a step makes the gradients, the others find them; DDP keeps a copy of them to send
+        self.beside = optim.state_bytes(self.learn, stage.optim.name) + (gradients if world > 1 else 0)
+        self.state = size_of([*lm.parameters(), *lm.buffers()]) + gradients + self.beside
+        self.before = self.state - (0 if packs > 1 else gradients)  # of a pack
+
+    def step(self, n_frames: int, slots: int) -> int:
+        """Peak bytes of a step whose packs are full, by running one forward and backward."""
+        pack, loaded = self.tried(n_frames, slots)
+        return pack + self.packs * loaded
+
+    def tried(self, n_frames: int, slots: int) -> tuple[int, int]:
+        """(peak bytes of a step beside the packs that lie ready, bytes of such a pack). Leaves no trace: gradients,
+        modes and random generators are as they were."""
+        row = full_pack(n_frames, slots, self.most, self.lm.decoder.config.vocab_size)
+        loaded = size_of([t for t in vars(row).values() if isinstance(t, Tensor)])
+        row = row.to(self.device)
+        found = [p.grad for p in self.learn]
+        modes = [(module, module.training) for module in self.lm.modules()]
+        devices = [self.device] if self.device.type == "cuda" else []
+        # compiled, blocks would be compiled for every size that is tried
+        with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"):
+            try:
+                self.lm.train()
+                for p in self.learn:
+                    p.grad = torch.zeros_like(p) if self.packs > 1 else None
+                grown = peak_bytes(lambda: self.lm(row).sum().backward(), self.device)
+                return self.before + grown, loaded
+            finally:
+                for p, gradient in zip(self.learn, found, strict=True):
+                    p.grad = gradient
+                for module, mode in modes:
+                    module.training = mode
+
+    def fit(self, shape: Budget) -> Fit:
+        """Try parts of a full pack and fit them."""
+        sizes = [(int(shape.pack_frames * f), max(1, int(shape.pack_slots * s))) for f, s in TRIED]
+        self.tried(*sizes[0])  # tables and workspaces that stay
+        took = np.array([self.tried(*size) for size in sizes], dtype=np.float64)
+        known = np.array([(1.0, *size) for size in sizes])
+        found = np.linalg.lstsq(known, took, rcond=None)[0]
+        return Fit(found[:, 0], found[:, 1], float(np.abs(known @ found - took)[:, 0].max()))
+
+    def needs(self, fit: Fit, shape: Budget) -> float:
+        """Peak bytes of a step by the fit, its residual on top; also with another number of packs."""
+        packs = -(-shape.packs_per_step // self.world)
+        full = float((fit.step + packs * fit.loaded) @ (1, shape.pack_frames, shape.pack_slots))
+        return full + fit.residual + (self.gradients if packs > 1 and self.packs == 1 else 0)
+
+    def largest(self, fit: Fit, stage: Stage, shape: Budget, limit: float) -> Budget | None:
+        """The largest budget that fits among those a user could choose instead of `shape`: other slots of a pack, or
+        (kind report, where the slots of a step are given) another number of packs. None where none does."""
+        report = stage.batch.kind == "report"
+        low, high = 0, MOST_PACKS if report else MOST_UNITS
+
+        def choice(number: int) -> Budget:  # from small to large
+            packs = MOST_PACKS + 1 - number if report else shape.packs_per_step
+            slots = -(-shape.pack_slots * shape.packs_per_step // packs) if report else number * SLOT_UNIT
+            return Budget(slots, stage.batch.pack_frames or -(-slots * shape.pack_frames // shape.pack_slots), packs)
+
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.needs(fit, choice(middle)) <= limit else (low, middle - 1)
+        return choice(low) if low else None
+
+    def worst(self, shape: Budget) -> int:
+        """Peak bytes of a full pack, run with all that will stand beside it. Raises out-of-memory errors."""
+        ballast = torch.empty(self.beside if self.device.type == "cuda" else 0, dtype=torch.uint8, device=self.device)
+        try:
+            return self.step(shape.pack_frames, shape.pack_slots)
+        finally:
+            del ballast
+
+
+# -- a run -------------------------------------------------------------------------------------------------------------
+
+
+def device_of(stage: Stage) -> torch.device:
+    """The device that this process will train on."""
+    if stage.hardware.accelerator != "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def allowed(stage: Stage, device: torch.device) -> float:
+    """Bytes that a step may take; 0 where the memory is not known."""
+    total = stage.hardware.memory_gib * GIB
+    if not total and device.type == "cuda":
+        total = torch.cuda.mem_get_info(device)[1]
+    return ALLOWED * total
+
+
+@contextlib.contextmanager
+def measured(lm: AudioLM, order: Order, sources: Sources, shape: Budget) -> Iterator[Memory]:
+    """`lm` on its device for as long as the context lasts; out of memory is a UserError."""
+    stage, device = order.stage, device_of(order.stage)
+    world = stage.hardware.devices * stage.hardware.nodes
+    most = dearest(sources, Planner(sources.corpora, sources.mix.percent, shape, stage.run.seed))
+    try:
+        yield Memory(lm.to(device), stage, device, most, -(-shape.packs_per_step // world), world)
+    except OUT_OF_MEMORY as error:
+        first = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{_budget(shape)}: out of memory ({first}); {remedy(order, shape, None)}") from None
+    finally:
+        lm.to("cpu")
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def pack_slots(order: Order, sources: Sources, build: Callable[[], AudioLM]) -> Order:
+    """The order with a number for batch.pack_slots=auto: that of the run folder; for a new run, what memory allows.
+    Raises UserError."""
+    stage, saved = order.stage, order.folder / "config.yaml"
+    if stage.batch.pack_slots != AUTO:
+        return order
+    late = time.monotonic() + WAIT_S
+    while not is_first() and not saved.is_file() and time.monotonic() < late:  # the first process decides
+        time.sleep(0.2)
+    if saved.is_file() and not (is_first() and order.fresh):
+        found = config.saved(saved)["batch.pack_slots"]
+    else:
+        limit = allowed(stage, device_of(stage))
+        if not limit:
+            raise ConfigError(f"batch.pack_slots={AUTO}: on a CPU say how much there is: hardware.memory_gib=...")
+        shape = sources.shape(stage, LEAST_TRIED)
+        with measured(build(), order, sources, shape) as memory:
+            for _ in range(2):  # the second time near what is asked
+                fits = memory.largest(memory.fit(shape), stage, shape, limit)
+                if fits is None:
+                    raise UserError(f"batch.pack_slots={AUTO}: {_too_much(order, shape, memory.state, limit, None)}")
+                shape = fits
+        found = shape.pack_slots
+    batch = dataclasses.replace(stage.batch, pack_slots=found)
+    origin = order.loaded.origin | {"batch.pack_slots": f"{AUTO}: what memory allowed"}
+    return dataclasses.replace(order, loaded=config.Loaded(dataclasses.replace(stage, batch=batch), origin))
+
+
+def check(order: Order, lm: AudioLM, sources: Sources, shape: Budget) -> list[str]:
+    """Fit, compare, run the worst pack: lines for the header of the run, none where the memory is not known. Raises
+    UserError where a step of this run does not fit."""
+    stage = order.stage
+    limit = allowed(stage, device_of(stage))
+    if not limit:
+        return []
+    with measured(lm, order, sources, shape) as memory:
+        fit = memory.fit(shape)
+        needs = memory.needs(fit, shape)
+        fits = memory.largest(fit, stage, shape, limit)
+        if needs > limit:
+            raise UserError(_too_much(order, shape, needs, limit, fits))
+        took = memory.worst(shape)
+        if took > limit:
+            raise UserError(_too_much(order, shape, took, limit, fits))
+    return [
+        f"  memory: a step takes {took / GIB:.4g} GiB with the worst pack, which was run once, of it "
+        f"{memory.state / GIB:.4g} state; {_limit(limit)}",
+        f"  memory: {needs / GIB:.4g} GiB by a fit of {len(TRIED)} smaller packs (off by "
+        f"{fit.residual / GIB:.4g} at most); the largest that fits: {_budget(fits) if fits else 'none'}",
+    ]
+
+
+# -- in words ----------------------------------------------------------------------------------------------------------
+
+
+def _budget(shape: Budget) -> str:
+    return f"packs of {shape.pack_slots} slots and {shape.pack_frames} frames"
+
+
+def _limit(limit: float) -> str:
+    return f"allowed are {limit / GIB:.4g} ({100 * ALLOWED:.0f} % of {limit / ALLOWED / GIB:.4g})"
+
+
+def _too_much(order: Order, shape: Budget, needs: float, limit: float, fits: Budget | None) -> str:
+    return (
+        f"{_budget(shape)}: a step takes {needs / GIB:.4g} GiB of memory, {_limit(limit)}; {remedy(order, shape, fits)}"
+    )
+
+
+def remedy(order: Order, shape: Budget, fits: Budget | None) -> str:
+    """What to write when a pack takes too much. A run that has begun keeps its packs."""
+    stage = order.stage
+    if stage.batch.kind == "report":
+        write = [f"batch.packs_per_step={fits.packs_per_step if fits else 2 * shape.packs_per_step}"]
+    else:
+        write = [f"batch.pack_slots={fits.pack_slots if fits else shape.pack_slots // 2}"]
+    if (order.folder / "config.yaml").is_file() and not order.fresh:
+        write = [f"NAME=... for another run with {write[0]}"]
+    parts = [p for p in ("audio_encoder", "decoder") if any(g.startswith((p, "*")) for g in stage.train)]
+    if more := [p for p in parts if p not in stage.hardware.recompute]:
+        write.append(f"hardware.recompute=[{','.join([*stage.hardware.recompute, *more])}]")
+    found = f"{_budget(fits)} would fit" if fits else "no pack is known to fit"
+    return f"{found}; write {' or '.join(write)}"
