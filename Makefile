@@ -97,7 +97,7 @@ bench: setup  ## ratios of one run: reading and preparing real audio against bar
 	@$(PY) -m benchmarks.loader 100000
 	@$(PY) -m benchmarks.plan
 	@$(PY) -m benchmarks.prepare
-	@HF_HUB_OFFLINE=1 $(PY) -m benchmarks.compute
+	@HF_HUB_OFFLINE=1 KINETO_LOG_LEVEL=99 $(PY) -m benchmarks.compute
 
 test: setup  ## all tests, with the three stages in short on recordings and on generated sounds
 	@$(PY) -m stages.data --out data/generated --generated
