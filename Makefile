@@ -93,10 +93,12 @@ curves: setup  ## draw the loss of every run of SCALE into $(RUNS)/$(SCALE)/curv
 keys: setup  ## every config key with its default and its sentence
 	@$(PY) -m stages.keys
 
-bench: setup  ## ratios of one run: reading and preparing real audio against bare decoding; the plan of 10 million records
+bench: setup  ## ratios of one run: reading and preparing real audio against bare decoding; the plan; layouts of a step
 	@$(PY) -m benchmarks.loader 100000
 	@$(PY) -m benchmarks.plan
 	@$(PY) -m benchmarks.prepare
+	@HF_HUB_OFFLINE=1 KINETO_LOG_LEVEL=99 $(PY) -m benchmarks.compute
+	@[ ! -d runs/mini/stage1_align ] || HF_HUB_OFFLINE=1 $(PY) -m benchmarks.loop
 
 test: setup  ## all tests, with the three stages in short on recordings and on generated sounds
 	@$(PY) -m stages.data --out data/generated --generated

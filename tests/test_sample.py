@@ -25,9 +25,24 @@ def test_contents():
     assert p.is_audio_T.nonzero().flatten().tolist() == [1, 2]
     assert p.audio_L.tolist() == [3, 3, 3, 2, 2, 4, 4, 4, 4]
     assert (p.segments, p.clips, p.keys, p.corpora) == ((4, 3, 3), (3, 2, 4), ("one", "two"), ("corpus", "corpus"))
-    assert sum(p.targets) == 3
+    assert p.targets == (1, 2)  # also of a segment whose first slot has one
+    assert (p.target_N.tolist(), p.audio_K.tolist()) == ([2, 4, 5], [1, 2])
+    assert p.segment_bounds.tolist() == [0, 4, 7, 10]
+    assert p.segment_bounds.dtype == p.chunk_bounds.dtype == torch.int32
     assert p.ids_T.dtype == p.labels_T.dtype == p.position_T.dtype == torch.int64
     assert p.audio_L.dtype == torch.float32
+
+
+def test_a_fixed_number_of_frames_is_filled_with_chunks_of_their_own():
+    long = sample("long", [5], [6], (640 * 260, 16_000))
+    assert pack([long], 2, 1).chunks == (252, 8, 25)
+    p = pack([long], 2, 1, None, 600)
+    assert p.chunks == (252, 8, 25, 252, 63)
+    assert p.chunk_bounds.tolist() == [0, 252, 260, 285, 537, 600]
+    assert pack([long], 2, 1, None, 285).chunks == (252, 8, 25)
+    assert pack([], 2, 1, None, 300).chunks == (252, 48)
+    with pytest.raises(AssertionError, match="285 frames in a pack of 284"):
+        pack([long], 2, 1, None, 284)
 
 
 def test_full_pack_has_no_tail():

@@ -27,10 +27,10 @@ class _TargetLoss(torch.autograd.Function):
         for start in range(0, len(hidden_ND), rows):
             here = slice(start, start + rows)
             logits = (hidden_ND[here].to(dtype) @ weight.T).to(losses_N.dtype)
-            total = logits.logsumexp(1)
-            losses_N[here] = total - logits.gather(1, labels_N[here, None])[:, 0]
+            losses_N[here], slope = _loss_and_slope(logits, labels_N[here])
             if wants:
-                slope_ND[here] = _slope(logits, total, labels_N[here]).to(dtype) @ weight
+                slope_ND[here] = slope.to(dtype) @ weight
+            del logits, slope  # before the next chunk's are made
         ctx.save_for_backward(hidden_ND, weight_VD, labels_N, slope_ND)
         ctx.dtype, ctx.rows = dtype, rows
         return losses_N
@@ -47,16 +47,20 @@ class _TargetLoss(torch.autograd.Function):
                 here = slice(start, start + ctx.rows)
                 hidden = hidden_ND[here].to(ctx.dtype)
                 logits = (hidden @ weight.T).to(grad_N.dtype)
-                slope = _slope(logits, logits.logsumexp(1), labels_N[here]).mul_(grad_N[here, None])
+                slope = _loss_and_slope(logits, labels_N[here])[1].mul_(grad_N[here, None])
                 by_weight += (slope.to(ctx.dtype).T @ hidden).to(by_weight.dtype)
+                del logits, slope
         return by_hidden, by_weight, None, None
 
 
-def _slope(logits: Tensor, total_N: Tensor, labels_N: Tensor) -> Tensor:
-    """Gradient of each row's loss for its logits; takes the place of `logits`."""
-    slope = logits.sub_(total_N[:, None]).exp_()
+def _loss_and_slope(logits: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Loss of each row, and its gradient for the logits in their place: logsumexp would hold them twice."""
+    at_label = logits.gather(1, labels_N[:, None])
+    most = logits.amax(1, keepdim=True)
+    total = logits.sub_(most).exp_().sum(1, keepdim=True)
+    slope = logits.div_(total)
     slope[torch.arange(len(slope), device=slope.device), labels_N] -= 1
-    return slope
+    return (most - at_label + total.log())[:, 0], slope
 
 
 def target_loss(

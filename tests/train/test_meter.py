@@ -94,6 +94,14 @@ def test_padding_is_the_padded_share_and_not_its_complement(clock, real, padded)
     assert speed.row(lambda t: t)["decoder_padding"] == padded
 
 
+def test_padding_of_the_encoder_is_what_it_computes_and_no_clip_has(clock):
+    speed = Speed(COST, 1e6, 1)
+    speed.add(pack([sample("a", 5, 1, 16_000)], 8, 0, None, 40))
+    clock[0] += 1
+    row = speed.row(lambda t: t)
+    assert (row["encoder_padding"], row["decoder_padding"]) == (pytest.approx(15 / 40), pytest.approx(3 / 8))
+
+
 def test_speed_adds_up_over_ranks(clock):
     """Two ranks with the same work in the same time are twice as fast together, and as busy each."""
     one, two = (Speed(COST, 1e6, devices) for devices in (1, 2))

@@ -5,7 +5,7 @@ from collections import Counter
 import torch
 from torch.overrides import TorchFunctionMode
 
-from midasheng.train import module as module_room
+from midasheng.model.audio_lm import AudioLM
 from midasheng.train.module import StageModule
 from tests.conftest import run_stage
 
@@ -40,32 +40,36 @@ class Waits(TorchFunctionMode):
 def test_a_step_of_several_packs_waits_for_the_device_once(tiny, tmp_path, monkeypatch):
     """Losses and gradient norm come to the host together, behind the last backward; what is read from them afterwards
     is the host's own. Models, gradients and clipping ask for nothing."""
-    before, inside = Counter(), Counter()
-    forward, clip, read = module_room.AudioLM.forward, module_room.clip, StageModule._read
+    step, forward, read = StageModule.training_step, AudioLM.forward, StageModule._read
+    seen: list[Counter[str]] = []  # before the first pack, before the losses are read, behind that
+    waits = Waits()
 
-    def counted(into, call):
-        def wrapper(*args):
-            with Waits() as waits:
-                found = call(*args)
-            into.update(waits.seen)
-            return found
+    def training_step(self, batch, number):
+        seen.clear()
+        with waits:
+            step(self, batch, number)
+        assert len(batch.packs) == 3
+        assert seen[1] == seen[0]
+        assert seen[2]["cpu"] - seen[1]["cpu"] == 1
+        done.append(batch.step)
 
-        return wrapper
+    def counted_forward(self, pack):
+        if not seen:
+            seen.append(Counter(waits.seen))
+        return forward(self, pack)
 
-    def read_once(self, batch, losses, norm):
-        assert len(losses) == 3
-        with Waits() as waits:
-            norm = read(self, batch, losses, norm)
-        inside.update({"cpu": waits.seen["cpu"]})
+    def counted_read(self, *args):
+        seen.append(Counter(waits.seen))
+        norm = read(self, *args)
+        seen.append(Counter(waits.seen))
         return norm
 
-    monkeypatch.setattr(module_room.AudioLM, "forward", counted(before, forward))
-    monkeypatch.setattr(module_room, "clip", counted(before, clip))
-    monkeypatch.setattr(StageModule, "manual_backward", counted(before, StageModule.manual_backward))
-    monkeypatch.setattr(StageModule, "_read", read_once)
+    done: list[int] = []
+    monkeypatch.setattr(StageModule, "training_step", training_step)
+    monkeypatch.setattr(AudioLM, "forward", counted_forward)
+    monkeypatch.setattr(StageModule, "_read", counted_read)
     run_stage("stage1_align", tiny, tmp_path, batch__packs_per_step=3, run__length="4 steps", log__val_every=99)
-    assert not before
-    assert inside == {"cpu": 4}
+    assert done == [0, 1, 2, 3]
 
 
 def test_what_would_wait_is_counted():
