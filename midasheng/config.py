@@ -34,7 +34,8 @@ def section(cls: type, doc: str) -> Any:
     return field(default_factory=cls, metadata={"doc": doc, "free": False})
 
 
-AUTO = "auto"  # as batch.pack_slots
+AUTO = "auto"  # of batch.pack_slots and hardware.attention
+SDPA, VARLEN = KERNELS = ("sdpa", "varlen")  # the other values of hardware.attention
 HEARD, LEFT_OUT, TOLD = CLIPS = ("heard", "left_out", "told")  # values of data.clips
 
 
@@ -185,7 +186,7 @@ class Hardware:
         "memory is not looked at",
         free=True,
     )
-    attention: str = key("auto", "sdpa, varlen (half precision on a GPU), or auto: varlen where it runs", free=True)
+    attention: str = key(AUTO, "sdpa, varlen (half precision on a GPU), or auto: varlen where it runs", free=True)
     compile: bool = key(False, "torch.compile the blocks of both towers (a GPU; it made CPUs slower)", free=True)
     threads: int = key(0, "torch CPU threads per process; 0 leaves torch's own choice", free=True)
 
@@ -419,10 +420,11 @@ def _check_values(stage: Stage) -> None:
     for name, value, allowed in (
         ("data.damaged", stage.data.damaged, ("refuse", "keep")),
         ("data.on_change", stage.data.on_change, ("refuse", "restart_plan")),
+        ("batch.kind", stage.batch.kind, ("report", "throughput")),
+        ("hardware.attention", stage.hardware.attention, (AUTO, *KERNELS)),
     ):
-        require(value in allowed, f"{name}: {value!r}; write {allowed[0]} or {allowed[1]}")
+        require(value in allowed, f"{name}: {value!r}; write {', '.join(allowed[:-1])} or {allowed[-1]}")
     kind = stage.batch.kind
-    require(kind in ("report", "throughput"), f"batch.kind: {kind!r}; write report or throughput")
     slots, gib = stage.batch.pack_slots, stage.hardware.memory_gib
     good = slots == AUTO or (isinstance(slots, int) and slots > 0)
     require(good, f"batch.pack_slots: {slots!r}; write a number of slots, or {AUTO}")

@@ -117,7 +117,7 @@ def pack(
     pack_frames: int = 0,
 ) -> Pack:  # fmt: skip
     """Lay samples end to end in a row of `pack_slots` slots and `pack_frames` encoder frames (0: as many as they have).
-    `audio_L`: their clips, where they lie end to end already.
+    `audio_L`: their clips, where they lie end to end already, with silence behind them as long as those frames can be.
 
     Raises AssertionError when they do not fit.
     """
@@ -135,7 +135,9 @@ def pack(
     chunks = [length for n in [*n_frames, left] for length in frames.chunks(n)]
     assert left or not pack_frames or sum(chunks) == pack_frames, f"{sum(chunks)} frames in a pack of {pack_frames}"
     if audio_L is None:
-        audio_L = np.concatenate([*clips, np.zeros(0, dtype=np.float32)])
+        used = sum(map(len, clips))
+        filled = frames.waveform(pack_frames) - used if pack_frames else 0
+        audio_L = np.concatenate([*clips, np.zeros(filled, dtype=np.float32)])
     target_N = np.flatnonzero(labels != NO_TARGET)
     return Pack(
         ids_T=torch.from_numpy(ids),

@@ -65,6 +65,7 @@ def small(tmp_path: Path, stage: str = SMALL, scale: str = "{}", settings: tuple
         ("batch: {kind: huge}", "report or throughput"),
         ("data: {clips: none}", "data.clips: 'none'; write heard, left_out or told"),
         ("data: {damaged: ignore}", "data.damaged: 'ignore'; write refuse or keep"),
+        ("hardware: {attention: flash}", "hardware.attention: 'flash'; write auto, sdpa or varlen"),
         ("data: {on_change: go_on}", "data.on_change: 'go_on'; write refuse or restart_plan"),
     ],
 )

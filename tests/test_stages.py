@@ -101,6 +101,16 @@ def refused(capsys, status: int, *words: str) -> None:
         ({"data__mix": ""}, ["data.mix", "empty"]),
         ({"optim__lr_for": "{nothing: 1e-3}"}, ["`nothing` matches no tensor that learns"]),
         ({"model__decoder__fields__hidden_sizes": 3}, ["hidden_sizes"]),
+        ({"hardware__attention": "varlen"}, ["varlen does not run on cpu in torch.float32", "write sdpa"]),
+        (
+            {
+                "hardware__attention": "varlen",
+                "hardware__memory_gib": 1,
+                "batch__kind": "throughput",
+                "batch__pack_slots": "auto",
+            },
+            ["varlen does not run on cpu"],
+        ),
     ],
     ids=lambda v: next(iter(v)) if isinstance(v, dict) else "",
 )

@@ -131,7 +131,9 @@ class HeldOutSet:
             samples = list(loaded.values())
             if samples:
                 slots = self.budget.pack_slots if answered else sum(len(s.ids) for s in samples)
-                yield tuple(loaded), pack(samples, slots, self.chat.pad)
+                # in the shape of training, for which blocks may be compiled; silence alone is not encoded
+                n_frames = self.budget.pack_frames if answered and kind != NONE else 0
+                yield tuple(loaded), pack(samples, slots, self.chat.pad, None, n_frames)
 
     def _clip_of(self, asked: Asked, kind: str) -> Record | None:
         return {OWN: asked.record, OTHER: asked.other, ALIKE: asked.alike, NONE: asked.record}[kind]

@@ -167,7 +167,7 @@ class Loading(Dataset[StepBatch]):
 
     def _text(self, p: Planned, read: bytes | StorageError | Unreachable) -> tuple[Record, bytes, list[Encoded]] | Skip:
         """One planned sample: its record, the bytes of its audio, its conversation (all of them where `answers: all`)
-        tokenised."""
+        tokenised; or why it cannot be used."""
         if not isinstance(read, bytes):
             return Skip("shard gone" if isinstance(read, StorageError) else "unreachable")
         try:

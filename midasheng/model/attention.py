@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
 
-from midasheng.config import UserError
+from midasheng.config import AUTO, SDPA, VARLEN, UserError
 from midasheng.sample import bounds
 
 NAME = "midasheng_segments"
-SDPA, VARLEN = KERNELS = ("sdpa", "varlen")  # values of hardware.attention besides auto
 
 
 class Segments(Sequence[int]):
@@ -39,20 +38,18 @@ class Segments(Sequence[int]):
         return self.lengths[number]
 
 
-_asked = ["auto"]
+_asked = [AUTO]  # one choice for a process: transformers calls the function below with no room for another argument
 
 
 def ask(name: str) -> None:
-    """Choose the kernel for this process: hardware.attention. Raises UserError."""
-    if name not in ("auto", *KERNELS):
-        raise UserError(f"hardware.attention: {name!r}; write auto, {' or '.join(KERNELS)}")
+    """Choose the kernel for this process: a value of hardware.attention."""
     _asked[0] = name
 
 
 def kernel(device: str, dtype: torch.dtype) -> str:
     """The kernel that runs on a kind of device in a dtype: the one asked for; auto: varlen on a GPU in half precision
     (its only form), else sdpa."""
-    if _asked[0] != "auto":
+    if _asked[0] != AUTO:
         return _asked[0]
     return VARLEN if device == "cuda" and dtype in (torch.bfloat16, torch.float16) else SDPA
 
@@ -105,7 +102,9 @@ def verify(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float3
     gradients, over both towers' forms: bidirectional with as many heads for k and v (encoder), causal with fewer.
 
     Raises AssertionError above 1e-4 (2e-2 in half precision): a kernel that leaks between segments must not train.
+    Raises UserError for one that does not run at all.
     """
+    name = kernel(torch.device(device).type, dtype)
     draw = torch.Generator().manual_seed(0)
     lengths = (5, 1, 17, 9)
     segments = Segments(lengths, bounds(lengths).to(device))
@@ -115,12 +114,18 @@ def verify(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float3
         found = []
         for attend, as_dtype in ((segment_attention, dtype), (dense_attention, torch.float32)):
             q, k, v = leaves = [row.detach().to(as_dtype, copy=True).requires_grad_() for row in rows]
-            out = attend(q, k, v, segments, causal=causal)
-            out.float().square().sum().backward()
+            try:
+                out = attend(q, k, v, segments, causal=causal)
+                out.float().square().sum().backward()
+            except (RuntimeError, NotImplementedError) as error:
+                reason = str(error).splitlines()[0]
+                raise UserError(
+                    f"hardware.attention: {name} does not run on {device} in {dtype} ({reason}); write {SDPA}"
+                ) from error
             found.append([out.detach(), *(leaf.grad for leaf in leaves if leaf.grad is not None)])
         for ours, dense in zip(*found, strict=True):
             largest = max(largest, float((ours.float() - dense).abs().max() / dense.abs().max()))
-    limit, name = 1e-4 if dtype == torch.float32 else 2e-2, kernel(torch.device(device).type, dtype)
+    limit = 1e-4 if dtype == torch.float32 else 2e-2
     assert largest < limit, f"packed attention ({name}, {dtype}) differs from the dense reference by {largest}"
     return largest
 

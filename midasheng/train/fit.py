@@ -134,12 +134,11 @@ def git_commit() -> str:
 
 
 def verified(stage: Stage) -> str:
-    """The kernels that will run, held to their plain forms on the device. Raises AssertionError."""
-    on_gpu = stage.hardware.accelerator != "cpu" and torch.cuda.is_available()
-    device, dtype = "cuda" if on_gpu else "cpu", torch.bfloat16 if stage.run.precision == "bf16" else torch.float32
+    """The kernels that will run, held to their plain forms on the device. Raises AssertionError, UserError."""
     attention.ask(stage.hardware.attention)
+    device, dtype = memory.device_of(stage), torch.bfloat16 if stage.run.precision == "bf16" else torch.float32
     return (
-        f"  attention: {attention.kernel(device, dtype)} within segments (verified against a dense mask: "
+        f"  attention: {attention.kernel(device.type, dtype)} within segments (verified against a dense mask: "
         f"{attention.verify(device, dtype):.0e}); loss: chunked cross-entropy (against the plain one: "
         f"{loss.verify(device, dtype):.0e}); blocks {'compiled' if stage.hardware.compile else 'not compiled'}"
     )
@@ -171,6 +170,7 @@ def fit(order: Order) -> None:
     """
     folder, first = order.folder, is_first()
     config.check_start(order.stage)
+    kernels = verified(order.stage)  # first: memory is measured with them
     if order.stage.hardware.threads:
         torch.set_num_threads(order.stage.hardware.threads)
     sources = open_data(order.stage, make=first)
@@ -187,7 +187,6 @@ def fit(order: Order) -> None:
         print(f"{folder} is finished (NAME=... for another run, FRESH=1 to train it again)")
         return
     model, table, plan = build(order, starts)
-    kernels = verified(stage)
     text = header(order, data, kernels, memory.check(order, model, sources, data.budget)) + "\n" + table
     if first:
         print(text)

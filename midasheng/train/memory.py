@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -49,7 +49,7 @@ class _Live(TorchDispatchMode):
         self.bytes = self.peak = 0
         self.met: dict[int, weakref.ref[torch.UntypedStorage]] = {}  # a storage's object lives as long as it does
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         for tensor in tree_leaves((args, kwargs)):
             self._meet(tensor, born=False)
         out = func(*args, **(kwargs or {}))
@@ -130,10 +130,7 @@ def full_pack(n_frames: int, slots: int, most: Dearest, vocabulary: int) -> Pack
         samples.append(
             Sample("tried", f"tried{i}", "tried", draw.integers(0, vocabulary, own), labels, is_audio, tuple(clips))
         )
-    audio = np.zeros(frames.waveform(n_frames), dtype=np.float32)
-    noise = [clip for sample in samples for clip in sample.clips]
-    audio[: sum(map(len, noise))] = np.concatenate([*noise, audio[:0]])
-    return pack(samples, slots, 0, audio, n_frames)
+    return pack(samples, slots, 0, None, n_frames)
 
 
 # -- what a pack takes -------------------------------------------------------------------------------------------------

@@ -97,16 +97,14 @@ class StageModule(L.LightningModule):
 
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """One optimizer step over this rank's packs. The loss is the sum of token losses over the targets of the whole
-        global step: actual counts, reduced before the first backward."""
+        global step: actual counts, summed before the first backward and left on the device until its end."""
         assert batch.step == self.done, f"step {self.done} expected, the loader brought {batch.step}"
         self.speed.waited(time.monotonic() - self.left)
         world, digest = self.trainer.world_size, float(batch.state_after["digest"])
         counts = [sum(sum(p.targets) for p in batch.packs), float(self.stop.requested), digest]
-        targets, stop, digests = self._sum_over_ranks(torch.tensor(counts, dtype=torch.float64)).tolist()
-        if digests != world * digest:  # CRC32: its multiples are exact in float64
-            raise AssertionError(
-                f"step {batch.step}: rank {self.trainer.global_rank} trains on another plan than others"
-            )
+        sums_3 = self._reduced(torch.tensor(counts, dtype=torch.float64, device=self.device))
+        # DDP takes the mean over ranks: x world makes it the sum
+        scale = world / sums_3[0].clamp(min=1)
         adam = self.optimizers()
         assert isinstance(adam, LightningOptimizer)
         rate = learning_rate(self.done, self.course.steps, self.course.warmup, self.stage.optim.final_lr)
@@ -118,10 +116,15 @@ class StageModule(L.LightningModule):
             torch.manual_seed(counter_seed(self.stage.run.seed, "dropout", self.stage.name, batch.step, number))
             with self._gradients_stay_here(unless=number == batch.numbers[-1]):
                 loss_S = self.model(pack)
-                # DDP takes the mean over ranks: x world makes it the sum
-                self.manual_backward(loss_S.sum() * (world / max(targets, 1.0)))
+                self.manual_backward(loss_S.sum() * scale)
             losses.append(loss_S.detach())
-        norm = self._read(batch, losses, clip(self.model.parameters(), self.stage.optim.clip_norm))
+        norm, stop, digests = self._read(
+            batch, losses, clip(self.model.parameters(), self.stage.optim.clip_norm), sums_3
+        )
+        if digests != world * digest:  # CRC32: its multiples are exact in float64
+            raise AssertionError(
+                f"step {batch.step}: rank {self.trainer.global_rank} trains on another plan than others"
+            )
         adam.step()
         self.done, self.plan_state = batch.step + 1, batch.state_after
         self._after_step(batch, norm, self.stage.optim.lr * rate, bool(stop))
@@ -136,23 +139,31 @@ class StageModule(L.LightningModule):
             return contextlib.nullcontext()
         return wrapper.no_sync()
 
+    def _reduced(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks, in place, where the tensor lies."""
+        if self.trainer.world_size > 1:
+            torch.distributed.all_reduce(tensor)
+        return tensor
+
     def _sum_over_ranks(self, tensor: Tensor) -> Tensor:
         if self.trainer.world_size == 1:
             return tensor
-        moved = tensor.to(self.device)
-        torch.distributed.all_reduce(moved)
-        return moved.cpu()
+        return self._reduced(tensor.to(self.device, copy=True)).cpu()
 
-    def _read(self, batch: StepBatch, losses: Sequence[Tensor], norm: Tensor) -> float:
-        """Losses and gradient norm of the step, read from the device at once: until here the host waited for nothing.
-        Returns the norm. Raises NotFinite."""
-        found = torch.cat([*losses, norm.reshape(1)]).cpu()
+    def _read(
+        self, batch: StepBatch, losses: Sequence[Tensor], norm: Tensor, sums_3: Tensor
+    ) -> tuple[float, float, float]:
+        """Losses, gradient norm and sums over the ranks, read from the device at once: until here the host waited for
+        nothing. Returns the norm, how many ranks want to stop, and the sum of their plans' digests. Raises NotFinite.
+        """
+        found = torch.cat([*losses, norm.reshape(1), sums_3[1:]]).cpu()
+        *loss_rows, (norm_at, stop, digests) = found.split([*(len(loss_S) for loss_S in losses), 3])
         if not found.isfinite().all():
-            self._not_finite(batch, float(found[-1]))
-        for pack, loss_S in zip(batch.packs, found[:-1].split([len(loss_S) for loss_S in losses]), strict=True):
+            self._not_finite(batch, float(norm_at))
+        for pack, loss_S in zip(batch.packs, loss_rows, strict=True):
             self.meter.add(pack, loss_S)
             self.speed.add(pack)
-        return float(found[-1])
+        return float(norm_at), float(stop), float(digests)
 
     def _not_finite(self, batch: StepBatch, norm: float) -> None:
         """Say which samples; the step is not taken."""
@@ -208,8 +219,8 @@ class StageModule(L.LightningModule):
     def _log(self, values: dict[str, float]) -> None:
         for logger in self.loggers:
             logger.log_metrics(values, step=self.done)
-        hidden = ("lr", "grad_norm", "seconds")
-        self.shown |= {name: v for k, v in values.items() if (name := k.split("/")[1]) not in hidden}
+        too_much = ("lr", "grad_norm", "seconds")  # for one line
+        self.shown |= {name: v for k, v in values.items() if (name := k.split("/")[1]) not in too_much}
 
     def _world(self) -> tuple[int, int, Callable[[Tensor], Tensor]]:
         return self.trainer.global_rank, self.trainer.world_size, self._sum_over_ranks

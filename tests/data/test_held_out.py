@@ -46,7 +46,7 @@ def samples(asked: HeldOutSet, kind: str) -> dict[int, dict[str, object]]:
     """Number in `asked` -> what its segment of a pack holds."""
     found: dict[int, dict[str, object]] = {}
     for numbers, p in asked.packs(kind):
-        clips, audio = list(p.clips), list(p.audio_L.split(p.clips))
+        clips, audio = list(p.clips), list(p.audio_L[: sum(p.clips)].split(p.clips))
         start = 0
         for place, (number, slots) in enumerate(zip(numbers, p.segments, strict=False)):
             inside = slice(start, start + slots)
@@ -311,6 +311,14 @@ def test_ranks_share_the_packs(tiny_data, chat, kind):
             theirs, other = ranks[number % world][number // world]
             assert theirs == numbers
             assert same(p, other)
+
+
+def test_packs_have_the_shape_of_training_and_nothing_is_encoded_for_text_alone(tiny_data, chat):
+    asked = held_out(tiny_data, chat, pack_frames=80)
+    for kind in KINDS:
+        shapes = {(len(p.ids_T), len(p.audio_L), sum(p.chunks)) for _, p in asked.packs(kind)}
+        n_frames = 0 if kind == NONE else 80
+        assert shapes == {(asked.budget.pack_slots, frames.waveform(n_frames) if n_frames else 0, n_frames)}
 
 
 @pytest.mark.parametrize("cap", ["pack_slots", "pack_frames"])

@@ -147,7 +147,7 @@ def test_all_answers_of_a_record_stand_together_in_order_each_with_its_clip(tiny
             assert pack.keys == tuple(key for key, _ in expected)
             parts = zip(
                 *(t.split(pack.segments) for t in (pack.ids_T, pack.labels_T, pack.position_T)),
-                pack.audio_L[: sum(pack.clips)].split(pack.clips), strict=False,
+                pack.audio_L[: sum(pack.clips)].split(pack.clips), strict=False,  # the tail has no clip
             )  # fmt: skip
             for (key, variant), (ids_T, labels_T, position_T, audio_L) in zip(expected, parts, strict=True):
                 record = records[key]

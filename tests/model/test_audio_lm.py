@@ -9,9 +9,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
 
 from midasheng import frames
-from midasheng.config import UserError
+from midasheng.config import KERNELS, UserError
 from midasheng.model import adapt, attention, encoder
 from midasheng.model.attention import dense_attention
 from midasheng.model.audio_lm import AudioLM
@@ -333,8 +334,23 @@ def test_forward_and_backward_read_nothing_from_the_device(architecture, recompu
             lm(faked(row, "cpu")).sum().item()
 
 
+COUNTS = {"aten::nonzero", "aten::masked_select", "aten::_local_scalar_dense", "aten::item", "aten::_unique2"}
+
+
 @BOTH
-@pytest.mark.parametrize("kernel", attention.KERNELS)
+def test_no_operation_asks_inside_for_a_count(architecture):
+    """What tensors without content do not show: masked_scatter's backward selects by mask, and waits for the number."""
+    lm, row = tiny_lm(architecture), fixed(*talks())
+    lm(row)  # tables of the front end are made once
+    with profile(activities=[ProfilerActivity.CPU]) as seen:
+        lm(row).sum().backward()
+    names = {event.name for event in seen.events()}
+    assert "aten::index_copy" in names
+    assert not names & COUNTS
+
+
+@BOTH
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_on_a_gpu_nothing_stays_on_the_host(architecture, kernel):
     row = fixed(*talks())
     attention.ask(kernel)
