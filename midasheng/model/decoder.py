@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from midasheng.config import UserError
 from midasheng.model import attention
+from midasheng.model.attention import Seen
 
 
 def text_model(architecture: str, fields: Mapping[str, Any]) -> Any:
@@ -61,6 +62,16 @@ class Decoder(nn.Module):
         return self.model(
             inputs_embeds=embeds_TD[None], position_ids=position_T[None], use_cache=False, segments=segments
         ).last_hidden_state[0]
+
+    def extend(
+        self, embeds_TD: Float[Tensor, "T D"], position_T: Int[Tensor, " T"], segments: Sequence[int] | Seen, cache: Any
+    ) -> Float[Tensor, "T D"]:
+        """The same, and what the layers make of these slots goes into transformers' `cache`. `segments` as above for
+        the prompts; then, for one slot of each answer, what it sees of the cache."""
+        return self.model(
+            inputs_embeds=embeds_TD[None], position_ids=position_T[None], past_key_values=cache, use_cache=True,
+            segments=segments,
+        ).last_hidden_state[0]  # fmt: skip
 
     def logits(self, hidden_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         """Logits of the slots that are given; never of a whole row in training."""
