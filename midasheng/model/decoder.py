@@ -40,6 +40,25 @@ def text_model(architecture: str, fields: Mapping[str, Any]) -> Any:
     return AutoModel.from_config(config, attn_implementation=attention.NAME)
 
 
+def text_fields(text_config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(architecture, fields) of a published text_config, as `text_model` takes them.
+
+    Read by transformers, which knows the spellings of its older versions (rope_theta beside rope_scaling); what is no
+    field of the architecture, as torch_dtype, is left out. Raises UserError for an unknown architecture.
+    """
+    from transformers import AutoConfig
+
+    fields = dict(text_config)
+    architecture = str(fields.pop("model_type", ""))
+    try:
+        default = AutoConfig.for_model(architecture)
+    except ValueError:
+        raise UserError(f"text_config: transformers knows no text model of model_type {architecture!r}") from None
+    of_no_use = ("model_type", "transformers_version", "dtype", "torch_dtype", "architectures")
+    read = AutoConfig.for_model(architecture, **fields).to_diff_dict()
+    return architecture, {k: v for k, v in read.items() if hasattr(default, k) and k not in of_no_use}
+
+
 class Decoder(nn.Module):
     """`model` and `lm_head`, the names of the released checkpoint. 7B: 7,615,616,512 parameters."""
 
