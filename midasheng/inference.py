@@ -316,17 +316,17 @@ def _config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{folder} holds no config.json (but {there}); write a run folder or its weights/")
     try:
         config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        encoder, _ = config["audio_encoder_config"], config["text_config"]
-        found = {name: encoder[name] for name in FRONT_END if name in encoder}
-        _ = [encoder[name] for name in ("embed_dim", "depth", "num_heads")], int(config["audio_token_id"])
     except ValueError as error:
         raise UserError(f"{file} cannot be read as JSON: {error}") from None
-    except (KeyError, TypeError) as error:
-        raise UserError(
-            f"{file} is no config of a midashenglm: {error} is missing; it needs the published form"
-        ) from None
-    for name, value in found.items():
-        if value != FRONT_END[name]:
+    needed = {"": ("audio_token_id", "text_config", "audio_encoder_config")}
+    needed["audio_encoder_config"] = ("embed_dim", "depth", "num_heads")
+    for part, names in needed.items():
+        place = config[part] if part else config
+        for name in names:
+            if name not in place:
+                raise UserError(f"{file}: {part}{'.' if part else ''}{name} is missing; it needs the published form")
+    for name, value in config["audio_encoder_config"].items():
+        if name in FRONT_END and value != FRONT_END[name]:
             raise UserError(f"{file}: audio_encoder_config.{name} is {value}; here it is {FRONT_END[name]}, always")
     if config.get("subsample_factor", frames.STACK) != frames.STACK:
         raise UserError(f"{file}: subsample_factor is {config['subsample_factor']}; here it is {frames.STACK}, always")

@@ -186,9 +186,9 @@ def changed(run: Path, folder: Path, **values: object) -> Path:
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"audio_encoder_config": None}, "'audio_encoder_config' is missing"),
-        ({"audio_encoder_config__depth": None}, "'depth' is missing"),
-        ({"audio_token_id": None}, "'audio_token_id' is missing"),
+        ({"audio_encoder_config": None}, "config.json: audio_encoder_config is missing"),
+        ({"audio_encoder_config__depth": None}, "config.json: audio_encoder_config.depth is missing"),
+        ({"audio_token_id": None}, "config.json: audio_token_id is missing"),
         ({"audio_encoder_config__hop_length": 320}, "audio_encoder_config.hop_length is 320; here it is 160"),
         ({"audio_encoder_config__target_length": 1024}, "target_length is 1024; here it is 1008"),
         ({"subsample_factor": 4}, "subsample_factor is 4; here it is 5"),

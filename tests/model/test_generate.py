@@ -92,7 +92,7 @@ def answers_of(*lengths: int) -> list[tuple[int, ...]]:
 @FORMS
 def test_cached_logits_are_those_of_the_training_forward(architecture, form, monkeypatch):
     """Of ragged prompts and answers, while some leave and stretches of the cache are moved."""
-    monkeypatch.setattr(generate, "ROOM", 4)
+    monkeypatch.setattr(generate, "ROOM", 2)
     lm = lm_of(architecture, form)
     forced = answers_of(9, 3, 0, 12, 1, 7, 5, 2)
     for sample, answer, ours in zip(eight(), forced, cached(lm, prompts(*eight()), forced), strict=True):
@@ -262,6 +262,11 @@ def test_ids_are_drawn_with_their_probability(sampling, wanted):
     found = drawn(np.log(SHARES).tolist(), sampling)
     assert np.abs(found - wanted).max() < 0.03
     assert not found[wanted == 0].any()
+
+
+def test_each_step_draws_anew():
+    found = [choose(torch.tensor([SHARES]).log(), Sampling(1.0), ["key"], step)[0] for step in range(2_000)]
+    assert np.abs(np.bincount(found) / 2_000 - SHARES).max() < 0.04
 
 
 @pytest.mark.parametrize(
