@@ -16,6 +16,7 @@ OUT    ?=
 TASK   ?=
 PROMPT ?=
 COLUMNS ?=
+AUDIO  ?=
 
 PY     := .venv/bin/python
 SMALL   = $(filter mini generated,$(SCALE))
@@ -28,7 +29,7 @@ ASKED   = $(if $(TASK),--task "$(TASK)") $(if $(PROMPT),--prompt "$(PROMPT)") $(
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data prepare check-data index finetune stage1 stage2 stage3 stages curves audit keys bench test lint
+.PHONY: help setup data prepare check-data index finetune stage1 stage2 stage3 stages curves audit chat keys bench test lint
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -86,6 +87,11 @@ audit: setup  ## what run NAME was really trained on (STEP=n: the samples of a s
 	@[ -n "$(NAME)" ] || { echo "error: say which run: make audit NAME=stage2_pretrain"; exit 2; }
 	@$(PY) -m stages.audit --scale "$(SCALE)" --runs "$(RUNS)" --name "$(NAME)" $(if $(STEP),--step $(STEP)) \
 	  $(if $(KEY),--key "$(KEY)")
+
+chat: setup  ## ask a trained model: AUDIO=x.wav (or several) PROMPT="..."; without PROMPT it waits for questions
+	@[ -n "$(AUDIO)" ] || { echo 'error: say what to listen to: make chat AUDIO=x.wav PROMPT="What is heard?"'; exit 2; }
+	@$(PY) -m stages.chat --scale "$(SCALE)" --runs "$(RUNS)" $(if $(NAME),--name "$(NAME)") \
+	  $(if $(PROMPT),--prompt "$(PROMPT)") --audio $(AUDIO) -- $(SET)
 
 curves: setup  ## draw the loss of every run of SCALE into $(RUNS)/$(SCALE)/curves.png, print a table
 	@$(PY) -m stages.curves --scale "$(SCALE)" --runs "$(RUNS)"

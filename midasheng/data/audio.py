@@ -24,9 +24,9 @@ UNKNOWN = 2**31  # samples, 37 hours: libsndfile gives 2**63 - 1 frames when the
 SLACK = frames.SAMPLE_RATE // 50  # 20 ms: how far decoded audio may be from its planned length
 
 
-def planned_samples(data: bytes) -> int:
-    """Length in samples at 16 kHz from the header alone. Raises Skip("undecodable"), Skip("length unknown") (a FLAC
-    written to a pipe) or Skip("too short")."""
+def announced_samples(data: bytes) -> int:
+    """Length in samples at 16 kHz from the header alone. Raises Skip("undecodable") or Skip("length unknown") (a FLAC
+    written to a pipe)."""
     try:
         info = soundfile.info(io.BytesIO(data))
     except (soundfile.LibsndfileError, RuntimeError):
@@ -34,6 +34,12 @@ def planned_samples(data: bytes) -> int:
     n_samples: int = round(info.frames * frames.SAMPLE_RATE / info.samplerate)
     if n_samples >= UNKNOWN:
         raise Skip("length unknown")
+    return n_samples
+
+
+def planned_samples(data: bytes) -> int:
+    """The same of a clip to train on. Raises Skip("too short") too."""
+    n_samples = announced_samples(data)
     if n_samples < frames.MIN_SAMPLES:
         raise Skip("too short")
     return n_samples

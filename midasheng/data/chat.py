@@ -31,15 +31,15 @@ class Chat:
     Labels stand on the text of every assistant turn and on the `<|im_end|>` that closes it. Text is never read as a
     special token: a transcript that holds the characters "<|im_end|>" cannot end a turn.
 
-    Raises UserError when the tokenizer cannot be read or lacks one of the tokens.
+    The audio tokens are given by name or by id. Raises UserError when the tokenizer cannot be read or lacks one.
     """
 
-    def __init__(self, path: str, audio_bos: str, audio: str, audio_eos: str) -> None:
+    def __init__(self, path: str, audio_bos: str | int, audio: str | int, audio_eos: str | int) -> None:
         from transformers import AutoTokenizer
 
         self.path = path
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except (OSError, ValueError) as error:
             first = str(error).splitlines()[0]
             raise UserError(f"tokenizer.path: {path!r} cannot be read ({first}); at mini, run `make data`") from None
@@ -56,9 +56,10 @@ class Chat:
         self.pad = self.im_end
         self.text = lru_cache(maxsize=65536)(self._encode_text)  # ids of plain text, as they stand in a turn
 
-    def _id(self, token: str) -> int:
-        number = self.tokenizer.get_vocab().get(token)
-        if number is None:
+    def _id(self, token: str | int) -> int:
+        vocabulary = self.tokenizer.get_vocab()
+        number = vocabulary.get(token) if isinstance(token, str) else token
+        if number is None or number not in vocabulary.values():
             raise UserError(
                 f"tokenizer {self.path} has no token {token}; name one of its reserved tokens instead with "
                 "tokenizer.audio_bos / audio / audio_eos"
@@ -119,7 +120,8 @@ class Chat:
 
     def decode(self, ids: Sequence[int]) -> str:
         """Ids of an answer back to text."""
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        # cleaning up would take back spaces that a stream has said already
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files into `folder`."""

@@ -84,6 +84,36 @@ def segment_attention(
     return torch.cat(parts, dim=1)
 
 
+class Seen(Sequence[slice]):
+    """For each slot of a decoding step the stretch of the cache that it sees: the keys of its own answer, itself the
+    last."""
+
+    def __init__(self, stretches: Sequence[slice]) -> None:
+        self.stretches = tuple(stretches)
+
+    def __len__(self) -> int:
+        return len(self.stretches)
+
+    def __getitem__(self, number: Any) -> Any:
+        return self.stretches[number]
+
+
+def cached_attention(q: Tensor, k: Tensor, v: Tensor, seen: Seen, *, scale: float | None = None) -> Tensor:
+    """Attention of one new slot of each answer over its own stretch of the cache, copying none of it.
+
+    q (heads, answers, head_dim); k, v (kv_heads, slots of the cache, head_dim). Returns (heads, answers, head_dim).
+    """
+    assert len(seen) == q.shape[1], f"{len(seen)} stretches of the cache for {q.shape[1]} slots"
+    grouped = q.shape[0] != k.shape[0]
+    parts = [
+        F.scaled_dot_product_attention(
+            q[None, :, number : number + 1], k[None, :, keys], v[None, :, keys], scale=scale, enable_gqa=grouped
+        )[0]
+        for number, keys in enumerate(seen)
+    ]
+    return torch.cat(parts, dim=1)
+
+
 def dense_attention(
     q: Tensor, k: Tensor, v: Tensor, segments: Sequence[int], *, causal: bool, scale: float | None = None
 ) -> Tensor:
@@ -132,12 +162,15 @@ def verify(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float3
 
 def _for_transformers(
     module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float,
-    segments: Sequence[int], **ignored: Any,
+    segments: Sequence[int] | Seen, **ignored: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """transformers' attention interface: (1, heads, slots, head_dim) in, (1, slots, heads, head_dim) out."""
     assert query.shape[0] == 1, f"packed rows come one at a time, not {query.shape[0]}"
     assert attention_mask is None, "packed rows come without a mask: their segments say who sees whom"
-    out = segment_attention(query[0], key[0], value[0], segments, causal=True, scale=scaling)
+    if isinstance(segments, Seen):
+        out = cached_attention(query[0], key[0], value[0], segments, scale=scaling)
+    else:
+        out = segment_attention(query[0], key[0], value[0], segments, causal=True, scale=scaling)
     return out.transpose(0, 1)[None], None
 
 

@@ -71,12 +71,16 @@ class AudioLM(nn.Module):
         """Audio tokens of all clips end to end, frames.audio_tokens(n) for a clip of n samples."""
         return self.audio_projector(self.audio_encoder(audio_L, clips, chunks), [frames.frames(n) for n in clips])
 
-    def place(self, pack: Pack) -> Float[Tensor, "T D"]:
-        """Decoder inputs: text embeddings, with the audio tokens at the audio slots."""
+    def text(self, pack: Pack) -> Float[Tensor, "T D"]:
+        """Embeddings of the text slots; at the audio slots stands what `place` replaces."""
         slots, tokens = len(pack.audio_K), sum(frames.audio_tokens(n) for n in pack.clips)
         assert slots == tokens, f"{slots} audio slots but {tokens} audio tokens in the pack of {', '.join(pack.keys)}"
         # <|AUDIO|> itself is never embedded: its row would be looked up for nothing and may not exist
-        embeds_TD = self.decoder.embed(pack.ids_T.masked_fill(pack.is_audio_T, 0))
+        return self.decoder.embed(pack.ids_T.masked_fill(pack.is_audio_T, 0))
+
+    def place(self, pack: Pack) -> Float[Tensor, "T D"]:
+        """Decoder inputs: text embeddings, with the audio tokens at the audio slots."""
+        embeds_TD = self.text(pack)
         if pack.chunks:
             tokens_KD = self.encode(pack.audio_L, pack.clips, Segments(pack.chunks, pack.chunk_bounds))
             # not masked_scatter: its backward asks the device how many there are
@@ -102,35 +106,3 @@ class AudioLM(nn.Module):
         # hidden_TD[:0].sum() keeps a pack without any target attached to the graph
         zeros_S = losses_N.new_zeros(len(pack.segments)) + hidden_TD[:0].to(losses_N.dtype).sum()
         return zeros_S.index_add(0, number_N, losses_N)
-
-    @torch.no_grad()
-    def generate(self, prompts: Pack, stop: int, limit: int) -> list[list[int]]:
-        """Greedy continuations of the segments of a pack without tail: at most `limit` ids each, without `stop`.
-
-        Clips are encoded once; the decoder keeps no cache, so it is meant for short answers.
-        """
-        was_training = self.training
-        self.eval()
-        prompts = prompts.to(next(self.parameters()).device)  # they may come from the host
-        device = prompts.ids_T.device
-        answers: list[list[int]] = [[] for _ in prompts.segments]
-        with torch.autocast(device.type, dtype=self.compute_dtype, enabled=self.compute_dtype is not None):
-            rows = dict(enumerate(self.place(prompts).split(prompts.segments)))
-            for _ in range(limit):
-                lengths = [len(row) for row in rows.values()]
-                position_T = torch.cat([torch.arange(n, device=device) for n in lengths])
-                hidden_TD = self.decoder(torch.cat(list(rows.values())), position_T, lengths)
-                last_S = torch.tensor(lengths, device=device).cumsum(0) - 1
-                best_S = self.decoder.logits(hidden_TD[last_S]).argmax(-1)
-                for (number, row), best, embed_D in zip(
-                    list(rows.items()), best_S.tolist(), self.decoder.embed(best_S), strict=True
-                ):
-                    if best == stop:
-                        del rows[number]
-                    else:
-                        answers[number].append(best)
-                        rows[number] = torch.cat([row, embed_D[None]])
-                if not rows:
-                    break
-        self.train(was_training)
-        return answers

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from midasheng.config import UserError
 from midasheng.model import attention
+from midasheng.model.attention import Seen
 
 
 def text_model(architecture: str, fields: Mapping[str, Any]) -> Any:
@@ -39,6 +40,25 @@ def text_model(architecture: str, fields: Mapping[str, Any]) -> Any:
     return AutoModel.from_config(config, attn_implementation=attention.NAME)
 
 
+def text_fields(text_config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
+    """(architecture, fields) of a published text_config, as `text_model` takes them.
+
+    Read by transformers, which knows the spellings of its older versions (rope_theta beside rope_scaling); what is no
+    field of the architecture, as torch_dtype, is left out. Raises UserError for an unknown architecture.
+    """
+    from transformers import AutoConfig
+
+    fields = dict(text_config)
+    architecture = str(fields.pop("model_type", ""))
+    try:
+        default = AutoConfig.for_model(architecture)
+    except ValueError:
+        raise UserError(f"text_config: transformers knows no text model of model_type {architecture!r}") from None
+    of_no_use = ("model_type", "transformers_version", "dtype", "torch_dtype", "architectures")
+    read = AutoConfig.for_model(architecture, **fields).to_diff_dict()
+    return architecture, {k: v for k, v in read.items() if hasattr(default, k) and k not in of_no_use}
+
+
 class Decoder(nn.Module):
     """`model` and `lm_head`, the names of the released checkpoint. 7B: 7,615,616,512 parameters."""
 
@@ -61,6 +81,16 @@ class Decoder(nn.Module):
         return self.model(
             inputs_embeds=embeds_TD[None], position_ids=position_T[None], use_cache=False, segments=segments
         ).last_hidden_state[0]
+
+    def extend(
+        self, embeds_TD: Float[Tensor, "T D"], position_T: Int[Tensor, " T"], segments: Sequence[int] | Seen, cache: Any
+    ) -> Float[Tensor, "T D"]:
+        """The same, and what the layers make of these slots goes into transformers' `cache`. `segments` as above for
+        the prompts; then, for one slot of each answer, what it sees of the cache."""
+        return self.model(
+            inputs_embeds=embeds_TD[None], position_ids=position_T[None], past_key_values=cache, use_cache=True,
+            segments=segments,
+        ).last_hidden_state[0]  # fmt: skip
 
     def logits(self, hidden_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         """Logits of the slots that are given; never of a whole row in training."""

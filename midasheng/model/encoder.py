@@ -22,6 +22,7 @@ from midasheng.model.attention import Segments, segment_attention
 from midasheng.sample import bounds
 
 AMIN, TOP_DB = 1e-10, 120.0
+PIECE = 16_384  # mel frames (164 s) that are transformed at a time: spectra are large, and each frame has its own
 
 
 @dataclass(frozen=True)
@@ -60,11 +61,17 @@ class LogMel:
         """One clip, 16 kHz, at least 257 samples (reflected at its ends) -> decibels (64, mel frames)."""
         window, bank = self.tables(clip_L.device)
         with torch.autocast(clip_L.device.type, enabled=False):
-            spectrum = torch.stft(
-                clip_L.float(), frames.N_FFT, frames.HOP, window=window, center=True, pad_mode="reflect",
-                return_complex=True,
-            )  # fmt: skip
-            mel = bank.T @ spectrum.abs().square()
+            edge = frames.N_FFT // 2
+            padded = F.pad(clip_L.float()[None], (edge, edge), mode="reflect")[0]
+            mels, total = [], frames.mel_frames(len(clip_L))
+            for start in range(0, total, PIECE):
+                last = min(start + PIECE, total) - 1
+                samples = padded[start * frames.HOP : last * frames.HOP + frames.N_FFT]
+                spectrum = torch.stft(
+                    samples, frames.N_FFT, frames.HOP, window=window, center=False, return_complex=True
+                )
+                mels.append(bank.T @ spectrum.abs().square())
+            mel = torch.cat(mels, dim=1)
             decibel = 10.0 * torch.log10(mel.clamp(min=AMIN))
             return decibel.clamp(min=decibel.max() - TOP_DB)
 
@@ -207,10 +214,14 @@ class DashengEncoder(nn.Module):
             for clip, n in zip(audio_L[: sum(clips)].split(list(clips)), n_frames, strict=True)
         ]
         empty = audio_L.new_zeros(frames.N_MELS, (total - sum(n_frames)) * frames.PATCH)
-        mel = self.init_bn(torch.cat([*mels, empty], dim=1))
-        x_FE = self.patch_embed(mel)
+        return self.encode(torch.cat([*mels, empty], dim=1), chunks)
+
+    def encode(self, mel: Float[Tensor, "64 M"], chunks: Segments) -> Float[Tensor, "F E"]:
+        """Log-mels of whole frames end to end -> frames; none depends on any other chunk."""
+        x_FE = self.patch_embed(self.init_bn(mel))
+        total = len(x_FE)
         starts_F = torch.repeat_interleave(chunks.bounds[:-1], chunks.bounds.diff(), output_size=total)
-        place = torch.arange(total, device=audio_L.device) - starts_F
+        place = torch.arange(total, device=mel.device) - starts_F
         positions = (self.time_pos_embed + self.freq_pos_embed)[0, :, 0].T
         # not positions[place]: its backward adds in the order in which CPU threads arrive, so no two runs are equal
         x_FE = x_FE + positions.index_select(0, place)

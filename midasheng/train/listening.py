@@ -20,6 +20,7 @@ from torch import Tensor
 from midasheng.data.held_out import ALIKE, NONE, OTHER, OWN, Asked, HeldOutSet
 from midasheng.model.adapt import without_lora
 from midasheng.model.audio_lm import AudioLM
+from midasheng.model.generate import generate
 
 Reduce = Callable[[Tensor], Tensor]  # sum over ranks
 SURE = 3.0  # standard errors
@@ -155,9 +156,9 @@ class ListeningTest:
         """Greedy answers in words; empty for a clip that cannot be decoded."""
         answers = [""] * len(questions)
         for numbers, prompts in asked.prompts(questions, kind):
-            ids = model.generate(prompts, asked.chat.im_end, LONGEST)
-            for number, answer in zip(numbers, ids, strict=True):
-                answers[number] = asked.chat.decode(answer)
+            found = generate(model, prompts, [asked.chat.im_end], LONGEST)
+            for number, answer in zip(numbers, found, strict=True):
+                answers[number] = asked.chat.decode(answer.ids)
         return answers
 
     @torch.no_grad()

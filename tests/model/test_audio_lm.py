@@ -4,7 +4,6 @@ import dataclasses
 import subprocess
 import sys
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -182,51 +181,6 @@ def test_slots_and_tokens_must_be_equal_and_the_samples_are_named():
     short = dataclasses.replace(good, clips=(good.clips[0][:12_000],))
     with pytest.raises(AssertionError, match="5 audio slots but 3 audio tokens in the pack of sample5"):
         tiny_lm()(packed(short))
-
-
-# -- generation -------------------------------------------------------------------------------------------------------
-
-
-def prompt(*clips: int, seed: int = 3) -> Sample:
-    return conversation(seed, *clips, answer=1)
-
-
-def prompts(*samples: Sample) -> Pack:
-    """Prompts end to end, without a tail."""
-    return pack(list(samples), sum(len(s.ids) for s in samples), PAD)
-
-
-@BOTH
-def test_generation_takes_the_best_token_of_the_training_forward(architecture):
-    lm = tiny_lm(architecture)
-    asked = prompt(16_000, 4_000)
-    (answer,) = lm.generate(prompts(asked), stop=-1, limit=4)
-    whole = np.concatenate([asked.ids, answer])
-    row = packed(dataclasses.replace(conversation(3, 16_000, 4_000, answer=5), ids=whole))
-    assert logits(lm, row)[len(asked.ids) - 1 : -1].argmax(1).tolist() == answer
-    assert lm.generate(prompts(asked), stop=answer[2], limit=4) == [answer[: answer.index(answer[2])]]
-    assert lm.training  # left as it was found
-
-
-@BOTH
-def test_generation_of_a_pack_is_that_of_each_prompt_alone(architecture):
-    """Also when some have stopped and others go on."""
-    lm = tiny_lm(architecture)
-    asked = [prompt(16_000), prompt(seed=4), prompt(5_000, 9_000, seed=5)]
-    alone = [lm.generate(prompts(a), stop=-1, limit=6)[0] for a in asked]
-    assert len({tuple(a) for a in alone}) == 3
-    assert lm.generate(prompts(*asked), stop=-1, limit=6) == alone
-    stop = alone[1][1]
-    cut = [a[: a.index(stop)] if stop in a else a for a in alone]
-    assert len({len(c) for c in cut}) > 1
-    assert lm.generate(prompts(*asked), stop=stop, limit=6) == cut
-
-
-def test_generation_runs_in_the_precision_of_training():
-    lm = tiny_lm()
-    adapt.freeze_all_but(lm, ["audio_projector.*"])
-    adapt.set_precision(lm, "bf16")
-    assert len(lm.generate(prompts(prompt(16_000)), stop=-1, limit=2)[0]) == 2
 
 
 # -- memory ------------------------------------------------------------------------------------------------------------

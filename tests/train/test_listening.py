@@ -20,7 +20,9 @@ from midasheng.data.manifest import read_mix
 from midasheng.data.plan import budget
 from midasheng.model import adapt
 from midasheng.model.audio_lm import AudioLM
+from midasheng.model.generate import Continuation, generate
 from midasheng.sample import NO_TARGET, Pack
+from midasheng.train import listening
 from midasheng.train.listening import ListeningTest, Paired, answer_table, paired, verdict
 from midasheng.train.meter import read_metrics
 from midasheng.train.module import StageModule, Stopped
@@ -254,13 +256,14 @@ def test_answers_in_words_with_and_without_hearing(models, sets, tmp_path, monke
     lora = models[1]
     asked_of = []
 
-    def generate(self, prompts, stop, limit):
-        scaled = [m.scaling["default"] for m in self.modules() if hasattr(m, "lora_A")]
+    def generate(lm, prompts, stops, limit):
+        scaled = [m.scaling["default"] for m in lm.modules() if hasattr(m, "lora_A")]
         asked_of.append(bool(scaled and any(scaled)))
-        assert stop == sets[0].chat.im_end
-        return [list(sets[0].chat.text(f"{n}")) for n in prompts.clips or ["deaf"] * len(prompts.segments)]
+        assert stops == [sets[0].chat.im_end]
+        texts = [f"{n}" for n in prompts.clips] or ["deaf"] * len(prompts.segments)
+        return [Continuation(sets[0].chat.text(text), "stop", 0.0) for text in texts]
 
-    monkeypatch.setattr(AudioLM, "generate", generate)
+    monkeypatch.setattr(listening, "generate", generate)
     test = ListeningTest(sets, tmp_path, 3)
     test.before(lora, 0, 1, same)
     assert asked_of
@@ -285,7 +288,7 @@ def test_answers_in_words_with_and_without_hearing(models, sets, tmp_path, monke
 
 
 def test_only_the_first_rank_writes_and_no_answers_are_asked_for_unless_wanted(models, sets, tmp_path, monkeypatch):
-    monkeypatch.setattr(AudioLM, "generate", lambda *_: pytest.fail("nobody asked"))
+    monkeypatch.setattr(listening, "generate", lambda *_: pytest.fail("nobody asked"))
     ListeningTest(sets, tmp_path, 0).before(models[1], 0, 1, same)
     (tmp_path / "text_only.json").unlink()
     ListeningTest(sets, tmp_path, 3).before(models[1], 1, 2, same)
@@ -298,15 +301,15 @@ def test_an_answer_is_made_where_the_model_is(models, sets, monkeypatch):
     class Seen(Exception):
         pass
 
-    def place(self, pack: Pack):
+    def text(self, pack: Pack):
         assert {pack.ids_T.device.type, pack.is_audio_T.device.type, pack.audio_L.device.type} == {"meta"}
         raise Seen
 
-    monkeypatch.setattr(AudioLM, "place", place)
+    monkeypatch.setattr(AudioLM, "text", text)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # does not know the meta device
     _, prompts = next(sets[1].prompts(sets[1].asked, OWN))
     with pytest.raises(Seen):
-        copy.deepcopy(models[0]).to("meta").generate(prompts, -1, 3)
+        generate(copy.deepcopy(models[0]).to("meta"), prompts, [], 3)
 
 
 # -- what is said at the end ------------------------------------------------------------------------------------------
