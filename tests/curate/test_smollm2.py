@@ -204,5 +204,5 @@ def test_without_a_network_the_file_is_named_and_where_to_put_it(tmp_path, monke
 @pytest.mark.parametrize("other", [{"architecture": "qwen2"}, {"pre": "qwen2"}])
 def test_another_model_is_not_read(tmp_path, other):
     path = write_gguf(tmp_path / "other.gguf", llama(), **other)
-    with pytest.raises(UserError, match="qwen2.*reads llama with tokenizer smollm"):
+    with pytest.raises(UserError, match=r"qwen2.*reads llama with tokenizer smollm"):
         smollm2.read_gguf(path)
