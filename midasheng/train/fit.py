@@ -82,9 +82,12 @@ def build(order: Order, starts: Sequence[weights.Start]) -> tuple[AudioLM, str, 
     stage = order.stage
     e, d = stage.model.encoder, stage.model.decoder
     torch.manual_seed(counter_seed(stage.run.seed, "fresh", stage.name) % 2**63)
-    model = AudioLM(EncoderShape(e.dim, e.depth, e.heads), d.architecture, d.fields)
-    origins = weights.load(model, starts, stage.fresh, merge_lora=stage.lora.inherit == "merge")
+    shape = EncoderShape(e.dim, e.depth, e.heads)
+    model = AudioLM(shape, d.architecture, d.fields, weights.loaded_parts(starts, stage.fresh))
     adapt.freeze_all_but(model, stage.train)
+    origins = weights.load(
+        model, starts, stage.fresh, merge_lora=stage.lora.inherit == "merge", precision=stage.run.precision
+    )
     plan, adapted = None, {}
     if stage.lora.targets:
         plan = adapt.LoraPlan(tuple(stage.lora.targets), stage.lora.rank, stage.lora.alpha, stage.lora.dropout)
@@ -98,8 +101,11 @@ def build(order: Order, starts: Sequence[weights.Start]) -> tuple[AudioLM, str, 
     if stage.hardware.compile:
         model.compile_blocks()
     adapt.set_precision(model, stage.run.precision)
+    empty = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    assert not empty, f"{len(empty)} tensors have no memory, the first {empty[0]}"
     table = adapt.learns(model, stage.train, adapted, stage.lora.rank).table()
     lines = [f"{'origin':34}{'part':>18}{'tensors':>8}"] + [f"{o:34}{p:>18}{n:8}" for o, p, n in origins]
+    lines += [f"{s.source.where}: {s.source.note}" for s in starts if s.source.note]
     if carried:
         lines.append(f"LoRA of {carried} layers carried over, the others fresh")
     return model, "\n".join(lines) + "\n\n" + table + "\n", plan
