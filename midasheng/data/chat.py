@@ -39,7 +39,7 @@ class Chat:
 
         self.path = path
         try:
-            self.tokenizer: Any = AutoTokenizer.from_pretrained(path)
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
         except (OSError, ValueError) as error:
             first = str(error).splitlines()[0]
             raise UserError(f"tokenizer.path: {path!r} cannot be read ({first}); at mini, run `make data`") from None

@@ -408,7 +408,8 @@ def load(
         merged = _lora_deltas(source) if merge_lora else {}
         for name in sorted(taken):
             tensor = source.read(name)
-            good = FLOATS if wanted[name].is_floating_point() else (wanted[name].dtype,)
+            # init_bn's counter is cast along with the rest in some files, and nothing reads it
+            good = FLOATS if wanted[name].is_floating_point() else (wanted[name].dtype, *FLOATS)
             if tensor.dtype not in good:
                 raise WeightsError(
                     f"start: {source.where}: {name} is {tensor.dtype}, this model wants {' or '.join(map(str, good))}; "
