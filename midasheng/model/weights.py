@@ -58,9 +58,10 @@ class Source:
 # -- reading --------------------------------------------------------------------------------------------------------
 
 
-def open_source(path: str) -> Source:
+def open_source(path: str, instead: str = "another path") -> Source:
     """Open weights: a run folder or its weights/ folder, a Dasheng .pt, a folder with safetensors in the released or in
-    transformers' layout, or a hub id. Nothing is unpickled but tensors and plain values. Raises WeightsError."""
+    transformers' layout, or a hub id. Nothing is unpickled but tensors and plain values. `instead`: what to write where
+    there is nothing. Raises WeightsError."""
     local = Path(path)
     if local.is_file() and local.suffix == ".pt":
         return _dasheng(local)
@@ -68,8 +69,8 @@ def open_source(path: str) -> Source:
         raise WeightsError(f"start: {path} is a file; write the folder that it lies in (only Dasheng's own is one .pt)")
     if not local.exists():
         if path.count("/") == 1 and not path.startswith((".", "/", "data/", "runs/")):
-            return _hub(path)
-        raise WeightsError(f"start: {path} does not exist")
+            return _hub(path, instead)
+        raise WeightsError(f"start: {path} does not exist; write {instead}")
     folder = local / "weights" if (local / "weights").is_dir() else local
     if (folder / "stage.json").is_file():
         return _handed_off(folder)
@@ -78,12 +79,14 @@ def open_source(path: str) -> Source:
     return _safetensors(folder)
 
 
-def _hub(name: str) -> Source:
+def _hub(name: str, instead: str) -> Source:
     try:
         cached = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
     except (OSError, ValueError) as error:  # huggingface_hub's errors are all one or the other
         reason = " ".join(str(error).split())[:300]
-        raise WeightsError(f"start: {name} is no folder here, and the hub does not give it: {reason}") from None
+        raise WeightsError(
+            f"start: {name} is no folder here, and the hub does not give it; write {instead} ({reason})"
+        ) from None
     if not list(cached.glob("model*.safetensors")):
         raise WeightsError(f"start: {name} on the hub has no model*.safetensors; its other files are not read")
     return _safetensors(cached)

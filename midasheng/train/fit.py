@@ -68,7 +68,8 @@ def open_starts(order: Order) -> list[weights.Start]:
         else:
             if not Path(origin).exists() and "text_decoder" in origin:
                 raise weights.WeightsError(f"start: {origin} does not exist; run `make data` first")
-            source = weights.open_source(origin)
+            named = [f"weights.{n}=PATH" for n in ("encoder", "decoder") if getattr(order.stage.weights, n) == origin]
+            source = weights.open_source(origin, " ".join(named) or "another `from` in start")
         weights.check_learned(source, take)
         starts.append(weights.Start(source, take))
     if order.start_from and not any(names_stage(str(e["from"])) for e in order.stage.start):
@@ -179,8 +180,8 @@ def fit(order: Order) -> None:
     kernels = verified(order.stage)  # first: memory is measured with them
     if order.stage.hardware.threads:
         torch.set_num_threads(order.stage.hardware.threads)
+    starts = open_starts(order)  # before data: an index of many shards takes long
     sources = open_data(order.stage, make=first)
-    starts = open_starts(order)
     for start in starts:
         weights.check_tokenizer(start, sources.chat.fingerprint())
     order = memory.pack_slots(order, sources, lambda: build(order, starts)[0])
