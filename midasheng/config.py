@@ -221,6 +221,9 @@ class Stage:
     log: Log = section(Log, "what is written how often")
 
 
+DASHENG = {768: "dasheng_base.pt", 1280: "dasheng_06b.pt", 1536: "dasheng_12b.pt"}  # its files by encoder width
+
+
 class UserError(ValueError):
     """A mistake in files or settings: shown without a traceback. The message says what is there and what to write."""
 
@@ -454,10 +457,12 @@ def check_start(stage: Stage) -> None:
     """Are the weights named that training starts from? Data can be checked without them. Raises ConfigError."""
     for position, start in enumerate(stage.start):
         if not start["from"]:
+            encoder = DASHENG.get(stage.model.encoder.dim, "dasheng.pt")
+            decoder = Path(stage.weights.decoder or "DECODER").name
             raise ConfigError(
                 f"start[{position}].from is empty: this scale needs pretrained weights for {start['take']}, a Dasheng "
-                '.pt file, a folder with safetensors or a hub id; e.g. SET="weights.encoder=PATH/dasheng_06b.pt '
-                'weights.decoder=PATH/Qwen2.5-Omni-7B"'
+                f'.pt file, a folder with safetensors or a hub id; e.g. SET="weights.encoder=PATH/{encoder} '
+                f'weights.decoder=PATH/{decoder}"'
             )
 
 

@@ -9,10 +9,14 @@ import pytest
 import soundfile
 import torch
 import yaml
+from huggingface_hub import save_torch_state_dict
 from safetensors.torch import load_file, save_file
 
 from midasheng.data.room import read_data
-from midasheng.model.weights import sha256_file
+from midasheng.model.adapt import base_state
+from midasheng.model.audio_lm import AudioLM
+from midasheng.model.encoder import EncoderShape
+from midasheng.model.weights import released_config, sha256_file
 from midasheng.train.fit import run_stage as main
 from midasheng.train.meter import read_metrics
 from stages import finetune, stage1_align, stage2_pretrain, stage3_sft, text_decoder
@@ -474,6 +478,70 @@ def test_from_a_table_to_a_tuned_model(tiny, runs, monkeypatch, capsys):
         stage = json.loads((runs / "mini" / f"after_{origin}" / "weights" / "stage.json").read_text())
         parents = [(p["from"], p["take"]) for p in stage["parents"]]
         assert parents == [(str(runs / "mini" / origin / "weights"), ["*"])]
+
+
+def released(tiny: Tiny, folder: Path) -> AudioLM:
+    """A folder as the published model's, at tiny sizes: shards, config, tokenizer, and code of its own named in both."""
+    model = order_for("finetune", tiny, folder).stage.model
+    e, d = model.encoder, model.decoder
+    torch.manual_seed(1)
+    lm = AudioLM(EncoderShape(e.dim, e.depth, e.heads), d.architecture, d.fields)
+    lm.audio_encoder.init_bn.running_mean.fill_(-20.0)
+    lm.audio_encoder.init_bn.running_var.fill_(200.0)
+    shutil.copytree(tiny.root / "tokenizer", folder)
+    state = {n: t.bfloat16() if t.is_floating_point() else t for n, t in base_state(lm).items()}
+    save_torch_state_dict(state, folder, max_shard_size="100KB")
+    code = {"AutoConfig": "configuration_midashenglm.MiDashengLMConfig"}
+    (folder / "config.json").write_text(json.dumps(released_config(lm, 1) | {"auto_map": code}, default=str))
+    told = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(told | {"processor_class": "MiDashengLMProcessor"}))
+    return lm
+
+
+def test_the_published_model_is_tuned_by_one_setting(tiny, tmp_path, monkeypatch, capsys):
+    """No run before it; its tokenizer is read without asking on the terminal whether to run its code."""
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on the terminal"))
+    lm = released(tiny, tmp_path / "released")
+    assert len(list((tmp_path / "released").glob("*.safetensors"))) > 2
+    table, runs = write_table(tmp_path / "files"), tmp_path / "runs"
+    one = {"start": f"[{{from: {tmp_path / 'released'}, take: ['*']}}]", "tokenizer__path": tmp_path / "released"}
+    more = one | {"run__length": "3 steps", "optim__lr": 1e-6, "optim__lr_for": "{'*.lora_*': 1e-3}"}
+    assert finetuned(tiny, runs, monkeypatch, "--data", str(table), **more) == 0
+    weights = runs / "mini" / "finetune" / "weights"
+    tuned = load_file(weights / "model.safetensors")
+    for name, tensor in base_state(lm).items():
+        assert torch.allclose(tuned[name].float(), tensor.bfloat16().float(), atol=1e-4), name
+    stage = json.loads((weights / "stage.json").read_text())
+    assert [(p["from"], p["take"]) for p in stage["parents"]] == [(str(tmp_path / "released"), ["*"])]
+    again = ("--data", str(table), "--name", "again", "--from", "finetune")
+    assert finetuned(tiny, runs, monkeypatch, *again, **{n: v for n, v in more.items() if n != "start"}) == 0
+    other = one | {"model__decoder__fields__rope_parameters__rope_theta": 5e5}
+    status = finetuned(tiny, runs, monkeypatch, "--data", str(table), "--name", "other", **other)
+    refused(
+        capsys,
+        status,
+        "rope_theta 1000000.0, this model 500000.0",
+        "write model.decoder.fields.rope_parameters.rope_theta",
+    )
+    assert not (runs / "mini" / "other").exists()
+
+
+@pytest.mark.parametrize(
+    ("scale", "file"), [("0.6b", "dasheng_base.pt"), ("3b", "dasheng_06b.pt"), ("7b", "dasheng_06b.pt")]
+)
+def test_a_scale_without_weights_says_what_to_write(scale, file, tmp_path, monkeypatch, capsys):
+    """Before billions of parameters are allocated, and before a million hours are indexed."""
+    monkeypatch.setattr(AudioLM, "__init__", lambda *_: pytest.fail("a model was built"))
+    monkeypatch.setattr("midasheng.train.fit.open_data", lambda *_, **__: pytest.fail("data was opened"))
+    argv = ["--scale", scale, "--runs", str(tmp_path / "runs")]
+    refused(capsys, main(str(CONFIGS / "stage1_align.yaml"), stage1_align.contract, argv), "weights.encoder=", file)
+    nowhere = [*argv, "weights.encoder=some-org/no-such-encoder"]
+    status = main(str(CONFIGS / "stage1_align.yaml"), stage1_align.contract, nowhere)
+    refused(capsys, status, "some-org/no-such-encoder", "the hub does not give it", "weights.encoder=PATH")
+    nowhere = [*argv, "weights.encoder=no/such/encoder.pt"]
+    status = main(str(CONFIGS / "stage1_align.yaml"), stage1_align.contract, nowhere)
+    refused(capsys, status, "no/such/encoder.pt does not exist", "weights.encoder=PATH")
+    assert not (tmp_path / "runs").exists()
 
 
 def test_finetuning_refuses_what_stage_3_refuses(tiny, runs, monkeypatch, capsys):

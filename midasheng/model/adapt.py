@@ -104,9 +104,13 @@ def part_parameters(model: AudioLM) -> dict[str, int]:
     c = model.decoder.config
     d = c.hidden_size
     parts = {"audio_encoder.*": encoder, "audio_projector.*": STACK * e * d + d + d * d + d}
-    if c.model_type in ("qwen2_5_omni_text", "qwen2", "qwen3"):
+    if c.model_type in ("qwen2_5_omni_text", "qwen2", "qwen3", "llama", "mistral"):
         shapes = linear_shapes(c)
-        biases = 0 if c.model_type == "qwen3" else sum(shapes[n][1] for n in ("q_proj", "k_proj", "v_proj"))
+        attention, mlp = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
+        biased: tuple[str, ...] = attention[:3] if c.model_type in ("qwen2_5_omni_text", "qwen2") else ()
+        biased += attention if getattr(c, "attention_bias", False) else ()
+        biased += mlp if getattr(c, "mlp_bias", False) else ()
+        biases = sum(shapes[name][1] for name in biased)
         norms = 2 * d + (2 * c.head_dim if c.model_type == "qwen3" else 0)
         layer = sum(i * o for i, o in shapes.values()) + biases + norms
         heads = 1 if c.tie_word_embeddings else 2
@@ -134,11 +138,17 @@ def add_lora(model: AudioLM, plan: LoraPlan, seed: int) -> dict[str, list[str]]:
         r=plan.rank, lora_alpha=plan.alpha, lora_dropout=plan.dropout, bias="none",
         target_modules=[name for names in found.values() for name in names],
     )  # fmt: skip
+    linears = decoder_linears(model)
+    held = {linears[name]: linears[name].weight for names in found.values() for name in names}
+    for layer in held:  # peft gives an adapter the dtype of what it adapts: its first numbers would be rounded to bf16
+        layer.weight = nn.Parameter(torch.empty(0), requires_grad=False)
     torch.manual_seed(seed)
     inject_adapter_in_model(config, model.decoder.model)
+    for layer, weight in held.items():
+        layer.weight = weight
     for name, parameter in model.decoder.named_parameters():
         if "lora_" in name:
-            parameter.data = parameter.data.float()
+            assert parameter.dtype == torch.float32, f"{name} is {parameter.dtype}, not float32"
             parameter.requires_grad_(True)
     return found
 
@@ -199,6 +209,11 @@ def _line(pattern: str, named: dict[str, nn.Parameter], expected: int | None) ->
     )  # fmt: skip
 
 
+def kept_in(parameter: nn.Parameter, precision: str) -> torch.dtype:
+    """The dtype a parameter is kept in: what learns float32, what is frozen bf16 where `precision` is "bf16"."""
+    return torch.bfloat16 if precision == "bf16" and not parameter.requires_grad else torch.float32
+
+
 def set_precision(model: AudioLM, precision: str) -> None:
     """What learns stays float32; "bf16" makes frozen weights bf16 and autocasts, "fp32" keeps everything float32.
 
@@ -206,8 +221,7 @@ def set_precision(model: AudioLM, precision: str) -> None:
     """
     model.compute_dtype = torch.bfloat16 if precision == "bf16" else None
     for parameter in model.parameters():
-        half = precision == "bf16" and not parameter.requires_grad
-        parameter.data = parameter.data.to(torch.bfloat16 if half else torch.float32)
+        parameter.data = parameter.data.to(kept_in(parameter, precision))
 
 
 def lora_state(model: AudioLM) -> dict[str, Tensor]:

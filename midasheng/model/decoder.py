@@ -17,8 +17,9 @@ def text_model(architecture: str, fields: Mapping[str, Any]) -> Any:
     """The bare text model (no head) of transformers for a `model_type`, randomly initialised, without dropout or cache.
 
     `architecture`: "qwen2_5_omni_text" (the text model of Qwen2.5-Omni's thinker), or any model_type whose AutoModel
-    takes transformers' attention interface ("qwen3", "qwen2", "llama"). `fields`: its config. Raises UserError for an
-    unknown architecture or field.
+    takes transformers' attention interface and whose blocks are llama's ("qwen3", "qwen2", "llama", "mistral").
+    `fields`: its config. Raises UserError for an unknown architecture or field, and for what would be left out here
+    without an error: windows and caps of attention, and whatever a family does to its logits.
     """
     from transformers import AutoConfig, AutoModel
     from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniThinkerTextModel
@@ -35,9 +36,50 @@ def text_model(architecture: str, fields: Mapping[str, Any]) -> Any:
         raise UserError(f"model.decoder: {unknown} are not fields of transformers' {type(config).__name__}")
     config = AutoConfig.for_model(architecture, **fields)
     config.use_cache = False
+    _check_arithmetic(config)
     if architecture == "qwen2_5_omni_text":  # no AutoModel entry of its own
-        return Qwen2_5OmniThinkerTextModel._from_config(config, attn_implementation=attention.NAME)
-    return AutoModel.from_config(config, attn_implementation=attention.NAME)
+        model = Qwen2_5OmniThinkerTextModel._from_config(config, attn_implementation=attention.NAME)
+    else:
+        model = AutoModel.from_config(config, attn_implementation=attention.NAME)
+    _check_layers(model, config)
+    return model
+
+
+# done to attention or logits in some families; our attention function and our head know nothing of them
+LEFT_OUT = ("attn_logit_softcapping", "final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
+def _check_arithmetic(config: Any) -> None:
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    window = getattr(config, "sliding_window", None)
+    if kinds - {"full_attention"} or (window and not getattr(config, "layer_types", None)):
+        raise UserError(
+            f"model.decoder: {config.model_type} looks back {window} slots at most in some layers, attention here has "
+            "no window; where the weights need none, write model.decoder.fields.sliding_window: null"
+        )
+    for name in LEFT_OUT:
+        if (value := getattr(config, name, None)) not in (None, 1.0):
+            raise UserError(
+                f"model.decoder: {config.model_type} has {name} {value}, which is not computed here; write another "
+                "model.decoder.architecture, such as qwen2_5_omni_text, qwen3 or llama"
+            )
+
+
+def _check_layers(model: Any, config: Any) -> None:
+    """Are the blocks those that LoRA, counts and FLOPs are written for?"""
+    layers = list(getattr(model, "layers", []))
+    known = ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "num_hidden_layers")
+    there = {name.rsplit(".", 1)[-1] for name, m in model.named_modules() if isinstance(m, nn.Linear)}
+    good = bool(layers) and hasattr(model, "embed_tokens") and all(hasattr(config, name) for name in known)
+    for layer in layers if good else []:
+        linears = {n.rsplit(".", 1)[-1]: m for n, m in layer.named_modules() if isinstance(m, nn.Linear)}
+        good = good and {n: (m.in_features, m.out_features) for n, m in linears.items()} == linear_shapes(config)
+    if not good:
+        raise UserError(
+            f"model.decoder.architecture: the blocks of {config.model_type} are not made of q_proj, k_proj, v_proj, "
+            f"o_proj, gate_proj, up_proj and down_proj ({', '.join(sorted(there)) or 'no linear layer'} are there); "
+            "write qwen2_5_omni_text, qwen2, qwen3, llama or another one like them"
+        )
 
 
 def text_fields(text_config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
@@ -68,6 +110,10 @@ class Decoder(nn.Module):
         self.config = self.model.config
         self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
         nn.init.normal_(self.lm_head.weight, std=self.config.initializer_range)
+        self.tie()
+
+    def tie(self) -> None:
+        """Make the head the embedding, one parameter, where the config says so; again after either was replaced."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
 

@@ -5,27 +5,36 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
+from zipfile import is_zipfile
 
 import torch
+import torch.nn.functional as F
 from huggingface_hub import save_torch_state_dict, snapshot_download
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from midasheng import frames
 from midasheng.config import UserError
-from midasheng.model.adapt import LoraPlan, base_state, lora_state, matches
-from midasheng.model.audio_lm import AudioLM
+from midasheng.model.adapt import LoraPlan, base_state, kept_in, lora_state, matches
+from midasheng.model.audio_lm import PARTS, AudioLM
+from midasheng.model.encoder import LogMel
 
-PARTS = ("audio_encoder", "audio_projector", "decoder")
 HEAD, EMBEDDING = "decoder.lm_head.weight", "decoder.model.embed_tokens.weight"
+TIME = "audio_encoder.time_pos_embed"
 FRONT_END = "audio_encoder.front_end."  # two buffers of the 0804-fp32 release that are computed here
+INDEX = "model.safetensors.index.json"
+PICKLED = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+PIECE = 2**24  # elements that are hashed at a time
 
 
 class WeightsError(UserError):
@@ -42,32 +51,45 @@ class Source:
     lora: dict[str, Tensor] = field(default_factory=dict)
     lora_plan: LoraPlan | None = None
     record: dict[str, Any] = field(default_factory=dict)  # stage.json, when one of our stages made them
+    config: dict[str, Any] = field(default_factory=dict)  # config.json, or the config of a Dasheng .pt; {} for none
+    note: str = ""  # what was done to its tensors, for the table of origins
 
 
 # -- reading --------------------------------------------------------------------------------------------------------
 
 
-def open_source(path: str) -> Source:
+def open_source(path: str, instead: str = "another path") -> Source:
     """Open weights: a run folder or its weights/ folder, a Dasheng .pt, a folder with safetensors in the released or in
-    transformers' layout, or a hub id. Raises WeightsError."""
+    transformers' layout, or a hub id. Nothing is unpickled but tensors and plain values. `instead`: what to write where
+    there is nothing. Raises WeightsError."""
     local = Path(path)
     if local.is_file() and local.suffix == ".pt":
         return _dasheng(local)
+    if local.is_file():
+        raise WeightsError(f"start: {path} is a file; write the folder that it lies in (only Dasheng's own is one .pt)")
     if not local.exists():
         if path.count("/") == 1 and not path.startswith((".", "/", "data/", "runs/")):
-            try:
-                cached = snapshot_download(path, allow_patterns=["*.json", "*.safetensors"])
-            except (OSError, ValueError) as error:  # huggingface_hub's errors are all one or the other
-                reason = " ".join(str(error).split())[:300]
-                raise WeightsError(f"start: {path} is no folder here, and the hub does not give it: {reason}") from None
-            return _safetensors(Path(cached))
-        raise WeightsError(f"start: {path} does not exist")
+            return _hub(path, instead)
+        raise WeightsError(f"start: {path} does not exist; write {instead}")
     folder = local / "weights" if (local / "weights").is_dir() else local
     if (folder / "stage.json").is_file():
         return _handed_off(folder)
     if (local / "config.yaml").is_file():
         raise WeightsError(f"start: the run {path} is not finished (it has no weights/ yet); finish it first")
     return _safetensors(folder)
+
+
+def _hub(name: str, instead: str) -> Source:
+    try:
+        cached = Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    except (OSError, ValueError) as error:  # huggingface_hub's errors are all one or the other
+        reason = " ".join(str(error).split())[:300]
+        raise WeightsError(
+            f"start: {name} is no folder here, and the hub does not give it; write {instead} ({reason})"
+        ) from None
+    if not list(cached.glob("model*.safetensors")):
+        raise WeightsError(f"start: {name} on the hub has no model*.safetensors; its other files are not read")
+    return _safetensors(cached)
 
 
 def released_name(name: str) -> str:
@@ -88,25 +110,42 @@ def released_name(name: str) -> str:
     return name
 
 
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise WeightsError(f"start: {path} cannot be read as JSON ({error}); copy it again") from None
+    if not isinstance(content, dict):
+        raise WeightsError(f"start: {path} holds no JSON object; copy it again")
+    return content
+
+
 def _safetensors(folder: Path) -> Source:
     files = sorted(folder.glob("model*.safetensors"))
     if not files:
+        if pickled := sorted(p.name for glob in PICKLED for p in folder.glob(glob)):
+            raise WeightsError(
+                f"start: {folder} holds {pickled[0]} and no safetensors. A pickle can run code when it is read, so it "
+                "is not; write it again as safetensors where you trust it: model.save_pretrained(FOLDER)"
+            )
         raise WeightsError(f"start: {folder} holds neither stage.json nor model*.safetensors")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        named = set(json.loads(index.read_text())["weight_map"].values())
-        missing = sorted(named - {f.name for f in files})
-        if missing:
-            raise WeightsError(f"start: {folder}: {index.name} names {missing[0]}, which is not there")
-        files = [f for f in files if f.name in named]
+    listed = _listed(folder, files) if (folder / INDEX).is_file() else None  # stored name -> file name
     place: dict[str, tuple[Path, str]] = {}
     shapes: dict[str, tuple[int, ...]] = {}
+    front_end: dict[str, Tensor] = {}
+    note = ""
     for file in files:
         try:
             with safe_open(file, "pt") as opened:
-                for stored in opened.keys():  # noqa: SIM118  # not a dict
+                stored_names = set(opened.keys())
+                if listed is not None:
+                    _check_listed(file, stored_names, listed)
+                for stored in sorted(stored_names):
                     name = released_name(stored)
                     if name.startswith(FRONT_END):
+                        front_end[name] = opened.get_tensor(stored)
+                        continue
+                    if _of_dasheng(stored) and name.startswith("audio_encoder.outputlayer"):
                         continue
                     if name in place:
                         raise WeightsError(f"start: {folder}: {name} is there twice")
@@ -114,29 +153,100 @@ def _safetensors(folder: Path) -> Source:
                     shapes[name] = tuple(opened.get_slice(stored).get_shape())
         except SafetensorError as error:
             raise WeightsError(f"start: {file} cannot be read ({error}); copy it again") from None
+    if TIME in place and _of_dasheng(place[TIME][1]):
+        shapes[TIME], note = _resized(shapes[TIME])
+    _check_front_end(str(folder), front_end)
 
     def read(name: str) -> Tensor:
         file, stored = place[name]
-        with safe_open(file, "pt") as opened:
-            return opened.get_tensor(stored)
+        with safe_open(file, "pt") as opened:  # opened for each, so that no more than one tensor is mapped
+            tensor: Tensor = opened.get_tensor(stored)
+        return _at_chunk(tensor) if name == TIME and _of_dasheng(stored) else tensor
 
-    return Source(str(folder), shapes, read)
+    config = _json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    return Source(str(folder), shapes, read, config=config, note=note)
+
+
+def _listed(folder: Path, files: Sequence[Path]) -> dict[str, str]:
+    """The index: stored name -> file name; every file that it names and no other must be there."""
+    listed = _json(folder / INDEX).get("weight_map")
+    if not isinstance(listed, dict):
+        raise WeightsError(f"start: {folder / INDEX} holds no weight_map; copy it again")
+    there, named = {f.name for f in files}, set(map(str, listed.values()))
+    if missing := sorted(named - there):
+        raise WeightsError(f"start: {folder}: {INDEX} names {missing[0]}, which is not there")
+    if stray := sorted(there - named):
+        raise WeightsError(f"start: {folder} holds {stray[0]}, which {INDEX} does not name; take one of them away")
+    return {str(name): str(file) for name, file in listed.items()}
+
+
+def _check_listed(file: Path, stored: Collection[str], listed: dict[str, str]) -> None:
+    expected = {name for name, where in listed.items() if where == file.name}
+    if missing := sorted(expected - set(stored)):
+        raise WeightsError(f"start: {file} does not hold {missing[0]}, though {INDEX} says so; copy both again")
+    if surplus := sorted(set(stored) - expected):
+        raise WeightsError(f"start: {file} holds {surplus[0]}, which {INDEX} does not place there; copy both again")
+
+
+def _of_dasheng(stored: str) -> bool:
+    return stored.startswith("encoder.")  # Hugging Face dasheng-*
+
+
+def _resized(shape: tuple[int, ...]) -> tuple[tuple[int, ...], str]:
+    """(shape at CHUNK positions, what that takes in words); other than (1, dim, 1, positions) is left to be refused."""
+    if len(shape) != 4 or shape[2] != 1 or shape[3] == frames.CHUNK:
+        return shape, ""
+    done = "cropped" if shape[3] > frames.CHUNK else "interpolated"
+    return (*shape[:3], frames.CHUNK), f"{TIME} {done} from {shape[3]} to {frames.CHUNK} positions, as Dasheng does"
+
+
+def _at_chunk(embed: Tensor) -> Tensor:
+    """Dasheng's position embedding (1, E, 1, positions) at CHUNK positions, as change_pos_embedding in dasheng."""
+    if embed.ndim != 4 or embed.shape[2] != 1 or embed.shape[3] == frames.CHUNK:
+        return embed
+    if embed.shape[3] > frames.CHUNK:
+        return embed[..., : frames.CHUNK]
+    return F.interpolate(embed, size=(1, frames.CHUNK), mode="bilinear", align_corners=False)
+
+
+def _check_front_end(where: str, stored: dict[str, Tensor]) -> None:
+    """Stored tables of the mel front end must be those that are computed here, under released names."""
+    window, bank = LogMel().tables(torch.device("cpu"))
+    ours = {FRONT_END + "0.mel_scale.fb": bank, FRONT_END + "0.spectrogram.window": window}
+    for name, table in stored.items():
+        if name not in ours:
+            raise WeightsError(f"start: {where} holds {name}, which this front end does not have")
+        rounding = 1e-6 if table.dtype == torch.float32 else 4e-3
+        if table.shape != ours[name].shape or not torch.allclose(table.float(), ours[name], rtol=0, atol=rounding):
+            raise WeightsError(f"start: {where}: {name} is not the table of this front end; its features would differ")
 
 
 def _dasheng(path: Path) -> Source:
-    """Dasheng's own checkpoint {"model", "config"}, read and checked by the dasheng package itself."""
-    from dasheng.pretrained.pretrained import Dasheng
-
+    """Dasheng's own checkpoint {"model", "config"}."""
     try:
-        dumped = Dasheng.from_pretrained(str(path)).state_dict()
-    except (RuntimeError, KeyError, TypeError, EOFError, UnpicklingError) as error:
+        # not through the dasheng package: it leaves to torch's default, and so to the environment, what is unpickled
+        dumped = torch.load(path, map_location="cpu", weights_only=True, mmap=is_zipfile(path))
+        tensors, config = dumped["model"], dict(dumped["config"])
+        stored = {f"audio_encoder.{n.replace('init_bn.1.', 'init_bn.')}": t for n, t in tensors.items()}
+        shapes = {n: tuple(t.shape) for n, t in stored.items()}
+    except UnpicklingError:
+        raise WeightsError(
+            f"start: {path} is no Dasheng checkpoint: it holds something else than tensors and plain values, and "
+            "reading that could run code"
+        ) from None
+    except (RuntimeError, AttributeError, KeyError, TypeError, ValueError, EOFError, OSError) as error:
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise WeightsError(f"start: {path} is no Dasheng checkpoint: {reason}") from None
-    state = {}
-    for name, tensor in dumped.items():
-        if not name.startswith(("front_end.", "outputlayer")):
-            state["audio_encoder." + name.replace("init_bn.1.", "init_bn.")] = tensor
-    return Source(str(path), {n: tuple(t.shape) for n, t in state.items()}, state.__getitem__)
+    _check_front_end(str(path), {n: t for n, t in stored.items() if n.startswith(FRONT_END)})
+    kept = {n: s for n, s in shapes.items() if not n.startswith((FRONT_END, "audio_encoder.outputlayer"))}
+    note = ""
+    if TIME in kept:
+        kept[TIME], note = _resized(kept[TIME])
+
+    def read(name: str) -> Tensor:
+        return _at_chunk(stored[name]) if name == TIME else stored[name]
+
+    return Source(str(path), kept, read, config={"model_type": "dasheng", **config}, note=note)
 
 
 def sha256_file(path: Path) -> str:
@@ -150,7 +260,8 @@ def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     total = hashlib.sha256()
     for name, tensor in sorted(tensors, key=lambda item: item[0]):
         total.update(name.encode())
-        total.update(tensor.detach().to("cpu", torch.float32).contiguous().numpy().tobytes())
+        for piece in tensor.detach().flatten().split(PIECE):  # not whole: an embedding in float32 takes gigabytes
+            total.update(piece.to("cpu", torch.float32).contiguous().numpy())
     return total.hexdigest()[:16]
 
 
@@ -161,7 +272,7 @@ def part_digests(tensors: dict[str, Tensor]) -> dict[str, str]:
 
 def _handed_off(folder: Path) -> Source:
     """weights/ of one of our stages: files must be those that stage.json lists, to the bit."""
-    record = json.loads((folder / "stage.json").read_text(encoding="utf-8"))
+    record = _json(folder / "stage.json")
     for name, expected in record["sha256"].items():
         if not (folder / name).is_file():
             raise WeightsError(f"start: {folder / name} is missing; stage.json lists it")
@@ -176,12 +287,12 @@ def _handed_off(folder: Path) -> Source:
     base = _safetensors(folder)
     adapter = folder / "adapter"
     if not adapter.is_dir():
-        return Source(base.where, base.shapes, base.read, record=record)
+        return replace(base, record=record)
     config = json.loads((adapter / "adapter_config.json").read_text())
     plan = LoraPlan(tuple(config["target_modules"]), config["r"], config["lora_alpha"], config["lora_dropout"])
     prefix = "base_model.model."
     lora = {n.removeprefix(prefix): t for n, t in load_file(adapter / "adapter_model.safetensors").items()}
-    return Source(base.where, base.shapes, base.read, lora, plan, record)
+    return replace(base, lora=lora, lora_plan=plan, record=record)
 
 
 def check_stage(source: Source, wanted: str) -> None:
@@ -221,13 +332,28 @@ class Start:
     take: tuple[str, ...]
 
 
+def loaded_parts(starts: Sequence[Start], fresh: Sequence[str]) -> list[str]:
+    """Parts that come from sources whole, none of their tensors fresh: they need no memory before they are loaded."""
+    asked = [glob for start in starts for glob in start.take]
+    return [p for p in PARTS if any(_reaches(g, p) for g in asked) and not any(_reaches(g, p) for g in fresh)]
+
+
+def _reaches(glob: str, part: str) -> bool:
+    """May the glob match a tensor of the part? By what stands before its first wildcard."""
+    start = re.split(r"[*?\[]", glob, maxsplit=1)[0]
+    return (part + ".").startswith(start) or start.startswith(part + ".")
+
+
 def load(
-    model: AudioLM, starts: Sequence[Start], fresh: Sequence[str], *, merge_lora: bool
+    model: AudioLM, starts: Sequence[Start], fresh: Sequence[str], *, merge_lora: bool, precision: str = "fp32"
 ) -> list[tuple[str, str, int]]:
     """Give every tensor of a model without LoRA its one origin. Returns the table (origin, part, tensors).
 
-    Raises WeightsError when a tensor has no origin or two, or when a source lacks, adds or misshapes one. `merge_lora`:
-    the LoRA of a source is added to the weights it adapts, in float32.
+    Loaded parameters are made anew, one after the other, each in the dtype that it is kept in (adapt.kept_in), so a
+    model whose parameters have no memory yet takes little more than its weights. `merge_lora`: the LoRA of a source is
+    added to the weights it adapts, in float32.
+    Raises WeightsError when a tensor has no origin or two, when a source lacks, adds or misshapes one, or holds one
+    that is no float16, bfloat16 or float32, and when its config says that it computes something else.
     """
     wanted = base_state(model)
     tied = model.decoder.config.tie_word_embeddings
@@ -270,23 +396,153 @@ def load(
                 f"start: {source.where} holds {len(surplus)} tensors that this model has no place for, the first "
                 f"{surplus[0]}; is SCALE the one they were made for?"
             )
-        merged = _lora_deltas(source) if merge_lora else {}
         for name in sorted(taken):
             if source.shapes[name] != tuple(wanted[name].shape):
                 raise WeightsError(
                     f"start: {source.where}: {name} is {source.shapes[name]}, this model wants "
                     f"{tuple(wanted[name].shape)}"
                 )
+        check_config(model, source, taken)
+        if not tied and {HEAD, EMBEDDING} <= taken and _same(source.read(HEAD), source.read(EMBEDDING)):
+            raise WeightsError(
+                f"start: {source.where} ties its head to the embedding, this model has one of its own; write "
+                "model.decoder.fields.tie_word_embeddings: true"
+            )
+        merged = _lora_deltas(source) if merge_lora else {}
+        for name in sorted(taken):
             tensor = source.read(name)
+            # init_bn's counter is cast along with the rest in some files, and nothing reads it
+            good = FLOATS if wanted[name].is_floating_point() else (wanted[name].dtype, *FLOATS)
+            if tensor.dtype not in good:
+                raise WeightsError(
+                    f"start: {source.where}: {name} is {tensor.dtype}, this model wants {' or '.join(map(str, good))}; "
+                    "quantised weights cannot be trained on: take the original ones"
+                )
             if name in merged:
                 tensor = tensor.float() + merged[name]
-            with torch.no_grad():
-                wanted[name].copy_(tensor)
+            _set(model, name, tensor, precision)
+    model.decoder.tie()
 
     table: dict[tuple[str, str], int] = {}
     for name, (origin,) in origins.items():
         table[origin, name.split(".")[0]] = table.get((origin, name.split(".")[0]), 0) + 1
     return [(origin, part, count) for (origin, part), count in table.items()]
+
+
+def _same(head: Tensor, embedding: Tensor) -> bool:
+    """Equal? By a few rows first: nearly always those say no, and the rest need not be read."""
+    return torch.equal(head[:64], embedding[:64]) and torch.equal(head, embedding)
+
+
+def _set(model: AudioLM, name: str, tensor: Tensor, precision: str) -> None:
+    place, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(place)
+    old = getattr(owner, leaf)
+    with torch.no_grad():
+        if isinstance(old, nn.Parameter):
+            # never the tensor itself, which is the file mapped into memory: it would change when the file does
+            new = torch.empty(old.shape, dtype=kept_in(old, precision)).copy_(tensor)
+            setattr(owner, leaf, nn.Parameter(new, requires_grad=old.requires_grad))
+        else:
+            old.copy_(tensor)
+
+
+# -- the config of a source -------------------------------------------------------------------------------------------
+
+NO_EFFECT = {  # on what is computed here; the head's tie is read from the tensors, sizes are too
+    "attention_dropout", "bos_token_id", "eos_token_id", "initializer_range", "max_window_layers", "pad_token_id",
+    "pretraining_tp", "tie_word_embeddings", "use_cache", "use_sliding_window", "vocab_size",
+}  # fmt: skip
+OMNI_IS = {"qwen2_5_omni_text": "qwen2"}  # the same arithmetic, as text and audio share their three rotary rows
+FRONT = {  # what this encoder is built for, by the released model's names and Dasheng's
+    "n_fft": frames.N_FFT, "win_length": frames.N_FFT, "win_size": frames.N_FFT, "hop_length": frames.HOP,
+    "hop_size": frames.HOP, "n_mels": frames.N_MELS, "f_min": 0, "f_max": 8000, "center": True,
+    "sample_rate": frames.SAMPLE_RATE, "sampling_rate": frames.SAMPLE_RATE, "top_db": 120, "qkv_bias": True,
+    "init_values": None, "input_channels": 1, "patch_size": [frames.N_MELS, frames.PATCH],
+    "patch_stride": [frames.N_MELS, frames.PATCH],
+}  # fmt: skip
+
+
+def check_config(model: AudioLM, source: Source, taken: Collection[str]) -> None:
+    """Raises WeightsError when the source's config says that its weights, which fit, compute something else in the
+    parts that are taken: other rotary angles, norms, heads, activations, mel front end."""
+    found: list[tuple[str, object, object, str]] = []
+    if any(name.startswith("decoder.") for name in taken):
+        found += _text_differences(model, source)
+    if any(name.startswith("audio_encoder.") for name in taken):
+        found += _encoder_differences(model, source)
+    stack = source.config.get("subsample_factor", frames.STACK)
+    if stack != frames.STACK and any(name.startswith("audio_projector.") for name in taken):
+        found.append(("subsample_factor", stack, frames.STACK, ""))
+    for name, theirs, ours, key in found:
+        write = f"write {key}: {json.dumps(theirs, default=str)[:200]}" if key else "such a model cannot be built here"
+        raise WeightsError(
+            f"start: {source.where}: its config.json has {name} {str(theirs)[:200]}, this model {str(ours)[:200]}. The "
+            f"weights fit, but would compute something else; {write}"
+        )
+
+
+def _text_differences(model: AudioLM, source: Source) -> Iterator[tuple[str, object, object, str]]:
+    """(field, theirs, ours, key to write) of the decoder; what the source does not say is transformers' default."""
+    from transformers import AutoConfig
+
+    inner = source.config.get("thinker_config", source.config)
+    text = inner.get("text_config", inner)
+    ours = model.decoder.config
+    if not text.get("model_type") and text is source.config:  # no model's config
+        return
+    family = text.get("model_type", ours.model_type)
+    if OMNI_IS.get(family, family) != OMNI_IS.get(ours.model_type, ours.model_type):
+        yield "model_type", family, ours.model_type, "model.decoder.architecture"
+        return
+    try:
+        theirs = AutoConfig.for_model(family, **{k: v for k, v in text.items() if k != "model_type"})
+    except Exception as error:  # transformers' checks raise whatever they like
+        reason = " ".join(str(error).split())[:200]
+        raise WeightsError(f"start: {source.where}: config.json is none of a {family}: {reason}") from None
+    there, here = _changes_results(theirs), _changes_results(ours)
+    for name in sorted(there.keys() | here.keys()):
+        in_both = name in there and name in here
+        if (in_both or name.startswith("rope_parameters.")) and there.get(name) != here.get(name):
+            yield name, there.get(name), here.get(name), f"model.decoder.fields.{name}"
+
+
+def _changes_results(config: Any) -> dict[str, Any]:
+    """Fields of a text model's config that its results depend on, those of its rotary positions one by one."""
+    from transformers import PretrainedConfig
+
+    skipped = NO_EFFECT | set(PretrainedConfig().to_dict())
+    fields = {name: value for name, value in config.to_dict().items() if name not in skipped}
+    rope = dict(fields.pop("rope_parameters", None) or {})
+    if rope.get("rope_type") in ("default", "mrope", None):  # mrope: the same angles where the three rows are equal
+        rope["rope_type"] = "default"
+        fields.pop("max_position_embeddings", None)
+    if rope.get("partial_rotary_factor") == 1.0:
+        del rope["partial_rotary_factor"]
+    rest = {k: v for k, v in rope.items() if k not in ("type", "mrope_section") and v is not None}
+    return fields | {f"rope_parameters.{name}": value for name, value in rest.items()}
+
+
+def _encoder_differences(model: AudioLM, source: Source) -> Iterator[tuple[str, object, object, str]]:
+    """(field, theirs, ours, key to write, "" where there is none) of the encoder; only what the source says."""
+    dasheng = source.config.get("model_type") == "dasheng"
+    theirs = source.config.get("audio_encoder_config", {})
+    if dasheng:  # of the hub: sizes stand in encoder_kwargs
+        theirs = source.config | source.config.get("encoder_kwargs", {})
+    shape = model.audio_encoder.shape
+    ours: dict[str, tuple[object, str]] = {
+        "embed_dim": (shape.dim, "model.encoder.dim"), "depth": (shape.depth, "model.encoder.depth"),
+        "num_heads": (shape.heads, "model.encoder.heads"), "mlp_ratio": (shape.mlp_ratio, ""),
+        **{name: (value, "") for name, value in FRONT.items()},
+    }  # fmt: skip
+    if not dasheng:  # Dasheng's position embedding is brought to the length
+        ours["target_length"] = (frames.CHUNK * frames.PATCH, "")
+    for name, (value, key) in ours.items():
+        if name not in theirs:
+            continue
+        said = list(theirs[name]) if isinstance(theirs[name], tuple) else theirs[name]
+        if said != value:
+            yield name, said, value, key
 
 
 def _lora_deltas(source: Source) -> dict[str, Tensor]:

@@ -68,7 +68,8 @@ def open_starts(order: Order) -> list[weights.Start]:
         else:
             if not Path(origin).exists() and "text_decoder" in origin:
                 raise weights.WeightsError(f"start: {origin} does not exist; run `make data` first")
-            source = weights.open_source(origin)
+            named = [f"weights.{n}=PATH" for n in ("encoder", "decoder") if getattr(order.stage.weights, n) == origin]
+            source = weights.open_source(origin, " ".join(named) or "another `from` in start")
         weights.check_learned(source, take)
         starts.append(weights.Start(source, take))
     if order.start_from and not any(names_stage(str(e["from"])) for e in order.stage.start):
@@ -82,9 +83,12 @@ def build(order: Order, starts: Sequence[weights.Start]) -> tuple[AudioLM, str, 
     stage = order.stage
     e, d = stage.model.encoder, stage.model.decoder
     torch.manual_seed(counter_seed(stage.run.seed, "fresh", stage.name) % 2**63)
-    model = AudioLM(EncoderShape(e.dim, e.depth, e.heads), d.architecture, d.fields)
-    origins = weights.load(model, starts, stage.fresh, merge_lora=stage.lora.inherit == "merge")
+    shape = EncoderShape(e.dim, e.depth, e.heads)
+    model = AudioLM(shape, d.architecture, d.fields, weights.loaded_parts(starts, stage.fresh))
     adapt.freeze_all_but(model, stage.train)
+    origins = weights.load(
+        model, starts, stage.fresh, merge_lora=stage.lora.inherit == "merge", precision=stage.run.precision
+    )
     plan, adapted = None, {}
     if stage.lora.targets:
         plan = adapt.LoraPlan(tuple(stage.lora.targets), stage.lora.rank, stage.lora.alpha, stage.lora.dropout)
@@ -98,8 +102,11 @@ def build(order: Order, starts: Sequence[weights.Start]) -> tuple[AudioLM, str, 
     if stage.hardware.compile:
         model.compile_blocks()
     adapt.set_precision(model, stage.run.precision)
+    empty = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    assert not empty, f"{len(empty)} tensors have no memory, the first {empty[0]}"
     table = adapt.learns(model, stage.train, adapted, stage.lora.rank).table()
     lines = [f"{'origin':34}{'part':>18}{'tensors':>8}"] + [f"{o:34}{p:>18}{n:8}" for o, p, n in origins]
+    lines += [f"{s.source.where}: {s.source.note}" for s in starts if s.source.note]
     if carried:
         lines.append(f"LoRA of {carried} layers carried over, the others fresh")
     return model, "\n".join(lines) + "\n\n" + table + "\n", plan
@@ -173,8 +180,8 @@ def fit(order: Order) -> None:
     kernels = verified(order.stage)  # first: memory is measured with them
     if order.stage.hardware.threads:
         torch.set_num_threads(order.stage.hardware.threads)
+    starts = open_starts(order)  # before data: an index of many shards takes long
     sources = open_data(order.stage, make=first)
-    starts = open_starts(order)
     for start in starts:
         weights.check_tokenizer(start, sources.chat.fingerprint())
     order = memory.pack_slots(order, sources, lambda: build(order, starts)[0])

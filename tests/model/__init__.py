@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torchaudio
 from dasheng.pretrained.pretrained import Dasheng
 from torch import Tensor, nn
 
@@ -50,6 +51,14 @@ def tiny_lm(architecture: str = OMNI, seed: int = 0, **fields: object) -> AudioL
     lm = AudioLM(TINY, architecture, FIELDS[architecture] | fields)
     lively(lm, seed)
     return lm
+
+
+def mel_tables() -> dict[str, Tensor]:
+    """The two tables of the mel front end that the 0804-fp32 release stores, as torchaudio makes them."""
+    front_end = torchaudio.transforms.MelSpectrogram(
+        16_000, n_fft=512, win_length=512, hop_length=160, f_min=0, f_max=8000, n_mels=64
+    )
+    return {f"audio_encoder.front_end.0.{name}": table for name, table in front_end.state_dict().items()}
 
 
 def at_scale(scale: str, *settings: str) -> AudioLM:

@@ -11,7 +11,20 @@ from midasheng.model.adapt import LoraPlan, base_state
 from midasheng.model.audio_lm import AudioLM
 from midasheng.model.generate import generate
 from midasheng.train.optim import groups
-from tests.model import OMNI, QWEN3, at_scale, conversation, count, gradients, logits, packed, tiny_lm
+from tests.model import (
+    FIELDS,
+    LLAMA,
+    OMNI,
+    QWEN3,
+    TINY,
+    at_scale,
+    conversation,
+    count,
+    gradients,
+    logits,
+    packed,
+    tiny_lm,
+)
 
 TRAIN = ["audio_encoder.*", "audio_projector.*"]
 ATTENTION = {f"self_attn.{n}_proj" for n in "qkvo"}
@@ -153,6 +166,39 @@ def test_published_lora_counts(scale, targets, expected):
 def test_part_parameters_are_the_real_ones(scale, tied):
     lm = at_scale(scale, f"model.decoder.fields.tie_word_embeddings={str(tied).lower()}")
     assert adapt.part_parameters(lm) == {f"{name}.*": count(part) for name, part in lm.named_children()}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields"),
+    [
+        ("llama", {}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("qwen2", {}),
+        (QWEN3, {"attention_bias": True}),
+    ],
+)
+def test_part_parameters_of_other_decoders(architecture, fields):
+    sizes = FIELDS[LLAMA] if architecture == "llama" else {k: v for k, v in FIELDS[QWEN3].items() if k != "head_dim"}
+    lm = AudioLM(TINY, architecture, sizes | fields)
+    assert adapt.part_parameters(lm) == {f"{name}.*": count(part) for name, part in lm.named_children()}
+    adapt.freeze_all_but(lm, TRAIN)
+    found = adapt.add_lora(lm, LoraPlan(("all-linear",), 2, 8.0, 0.1), seed=0)
+    adapt.learns(lm, TRAIN, found, rank=2)
+
+
+def test_adapters_start_unrounded_on_a_bf16_decoder():
+    """peft would cast them to the dtype of what they adapt, and their first numbers would be rounded."""
+    whole, half = tiny_lm(), tiny_lm()
+    for lm in (whole, half):
+        adapt.freeze_all_but(lm, TRAIN)
+    adapt.set_precision(half, "bf16")
+    for lm in (whole, half):
+        adapt.add_lora(lm, LoraPlan(("all-linear",), 2, 8.0, 0.1), seed=1)
+    other = adapt.lora_state(half)
+    assert all(torch.equal(t, other[n]) and other[n].dtype == torch.float32 for n, t in adapt.lora_state(whole).items())
+    layer = half.decoder.model.layers[0].self_attn.q_proj
+    assert layer.base_layer.weight.dtype == torch.bfloat16
+    assert layer.base_layer.weight.shape == (48, 48)
 
 
 def test_the_table_tells_pattern_and_both_counts():

@@ -1,6 +1,9 @@
 """The decoder against stock transformers, and the published sizes and names of every scale without allocating them."""
 
 import copy
+import math
+from collections import Counter
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +11,14 @@ from transformers import AutoModel
 from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniThinkerTextModel
 
 from midasheng.config import UserError
+from midasheng.model.adapt import base_state
 from midasheng.model.decoder import Decoder, linear_shapes
-from tests.model import FIELDS, OMNI, QWEN3, VOCAB, at_scale, count, lively
+from tests.model import FIELDS, LLAMA, OMNI, QWEN3, VOCAB, at_scale, count, lively, mel_tables
 
+SMALL = {
+    "vocab_size": 64, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 3,
+    "num_key_value_heads": 1,
+}  # fmt: skip
 SEGMENTS = (7, 1, 30, 12)
 TIED = "model.decoder.fields.tie_word_embeddings=true"
 
@@ -34,22 +42,44 @@ def test_parts_of_the_7b():
     assert parts == {"audio_encoder": 630_333_568, "audio_projector": 35_789_824, "decoder": 7_615_616_512}
 
 
-def test_tensor_names_of_the_published_7b():
-    encoder = {f"init_bn.{n}" for n in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")}
-    encoder |= {"time_pos_embed", "freq_pos_embed"}
-    encoder |= {f"{m}.{n}" for m in ("patch_embed.proj", "norm") for n in ("weight", "bias")}
-    layers = ("norm1", "norm2", "attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2")
-    encoder |= {f"blocks.{i}.{m}.{n}" for i in range(32) for m in layers for n in ("weight", "bias")}
-    decoder = {"lm_head.weight", "model.embed_tokens.weight", "model.norm.weight"}
-    for i in range(28):
-        decoder |= {f"model.layers.{i}.self_attn.{m}_proj.{n}" for m in "qkv" for n in ("weight", "bias")}
-        decoder |= {f"model.layers.{i}.self_attn.o_proj.weight"}
-        decoder |= {f"model.layers.{i}.mlp.{m}_proj.weight" for m in ("gate", "up", "down")}
-        decoder |= {f"model.layers.{i}.{m}_layernorm.weight" for m in ("input", "post_attention")}
-    assert (len(encoder), len(decoder)) == (395, 339)
-    names = {f"audio_encoder.{n}" for n in encoder} | {f"decoder.{n}" for n in decoder}
-    names |= {f"audio_projector.net.{i}.{n}" for i in (0, 2) for n in ("weight", "bias")}
-    assert set(at_scale("7b").state_dict()) == names
+def published_7b() -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of the 0804-fp32 release."""
+    found: dict[str, tuple[int, ...]] = {}
+    for line in (Path(__file__).parent / "midashenglm-7b.txt").read_text().splitlines():
+        name, *sizes = line.split()
+        if name == "#":
+            continue
+        before, _, rest = name.partition("{")
+        count, _, after = rest.partition("}")
+        for one in [f"{before}{i}{after}" for i in range(int(count))] if rest else [name]:
+            assert one not in found
+            found[one] = tuple(map(int, sizes))
+    return found
+
+
+def test_tensors_of_the_published_7b():
+    """Names and shapes of all 740; a module that is renamed here could not read or write the release."""
+    published = published_7b()
+    per_part = Counter(name.split(".")[0] for name in published)
+    assert per_part == {"audio_encoder": 395 + 2, "audio_projector": 4, "decoder": 339}
+    tables = {name for name in published if name.startswith("audio_encoder.front_end.")}
+    statistics = {name for name in published if "init_bn.running" in name or name.endswith("num_batches_tracked")}
+    assert len(published) == 740
+    parameters = sum(math.prod(s) for name, s in published.items() if name not in tables | statistics)
+    assert parameters == 8_281_739_904
+    ours = {name: tuple(t.shape) for name, t in at_scale("7b").state_dict().items()}
+    assert ours == {name: shape for name, shape in published.items() if name not in tables}
+    assert {n: tuple(t.shape) for n, t in mel_tables().items()} == {n: published[n] for n in tables}
+
+
+@pytest.mark.parametrize(
+    ("scale", "settings", "encoder", "decoder"),
+    # encoder: 12 tensors a block and 11 others; decoder: omni 12 a layer (three biases), qwen3 11 (two norms of heads)
+    [("3b", (), 12 * 32 + 11, 12 * 36 + 3), ("3b", (TIED,), 12 * 32 + 11, 12 * 36 + 2), ("0.6b", (), 155, 11 * 28 + 2)],
+)
+def test_tensors_of_the_other_scales_are_counted(scale, settings, encoder, decoder):
+    names = Counter(name.split(".")[0] for name in base_state(at_scale(scale, *settings)))
+    assert names == {"audio_encoder": encoder, "audio_projector": 4, "decoder": decoder}
 
 
 @pytest.mark.parametrize("scale", ["7b", "3b", "0.6b"])
@@ -75,7 +105,7 @@ def stock(decoder: Decoder, architecture: str, implementation: str) -> torch.nn.
 
 
 @pytest.mark.parametrize("implementation", ["eager", "sdpa"])
-@pytest.mark.parametrize("architecture", [OMNI, QWEN3])
+@pytest.mark.parametrize("architecture", [OMNI, QWEN3, LLAMA])
 def test_packed_logits_are_stock_transformers_one_by_one(architecture, implementation):
     torch.manual_seed(0)
     decoder = Decoder(architecture, FIELDS[architecture]).eval()
@@ -104,3 +134,26 @@ def test_tied_head_is_the_embedding():
 def test_unknown_architecture_or_field_is_the_users_mistake(architecture, fields, message):
     with pytest.raises(UserError, match=message):
         Decoder(architecture, fields)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "words"),
+    [
+        ("phi3", {"pad_token_id": 0}, "the blocks of phi3 are not made of q_proj.*qkv_proj"),
+        ("gpt2", {}, "the blocks of gpt2 are not made of q_proj"),
+        ("qwen3_moe", {}, "the blocks of qwen3_moe"),
+        ("gemma2", {}, "gemma2 looks back 4096 slots at most"),
+        ("mistral", {}, "mistral looks back 4096 slots at most.*sliding_window: null"),
+        ("granite", {"logits_scaling": 8.0}, "granite has logits_scaling 8.0, which is not computed here"),
+        (QWEN3, {"use_sliding_window": True, "max_window_layers": 1}, "qwen3 looks back 4096 slots"),
+    ],
+)
+def test_a_family_that_would_be_computed_wrong_is_refused(architecture, fields, words):
+    """Windows, caps and scales that our attention and head do not know; blocks that LoRA and counts do not."""
+    sizes = {"n_embd": 48, "n_layer": 2, "n_head": 3, "vocab_size": 64} if architecture == "gpt2" else SMALL
+    with pytest.raises(UserError, match=words):
+        Decoder(architecture, sizes | fields)
+
+
+def test_mistral_without_its_window_is_taken():
+    Decoder("mistral", SMALL | {"sliding_window": None})

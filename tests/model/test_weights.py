@@ -1,6 +1,7 @@
 """Weights: every tensor has one origin, every published layout is read, nothing wrong or half-written gets through."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +16,18 @@ from midasheng.model import adapt, weights
 from midasheng.model.adapt import LoraPlan, base_state, lora_state
 from midasheng.model.audio_lm import AudioLM
 from midasheng.model.weights import Source, Start, WeightsError, carry_lora, load, open_source
-from tests.model import OMNI, QWEN3, TINY, conversation, logits, noise, packed, reference_encoder, tiny_lm
+from tests.model import (
+    FIELDS,
+    OMNI,
+    QWEN3,
+    TINY,
+    conversation,
+    logits,
+    noise,
+    packed,
+    reference_encoder,
+    tiny_lm,
+)
 
 PARTS = ["audio_encoder.*", "audio_projector.*", "decoder.*"]
 QV = LoraPlan(("q_proj", "v_proj"), 2, 8.0, 0.1)
@@ -83,6 +95,19 @@ def with_more(state: dict[str, Tensor]) -> None:
     state["audio_encoder.blocks.2.attn.qkv.bias"] = torch.zeros(96)
 
 
+def mistyped(state: dict[str, Tensor]) -> None:
+    state["audio_encoder.blocks.1.attn.qvk.bias"] = state.pop("audio_encoder.blocks.1.attn.qkv.bias")
+
+
+def exchanged(state: dict[str, Tensor]) -> None:
+    first, second = (f"decoder.model.layers.0.mlp.{n}_proj.weight" for n in ("gate", "down"))
+    state[first], state[second] = state[second], state[first]
+
+
+def cut_short(state: dict[str, Tensor]) -> None:
+    state["decoder.lm_head.weight"] = state["decoder.lm_head.weight"][:-1]
+
+
 def of_another_size(state: dict[str, Tensor]) -> None:
     state["audio_encoder.time_pos_embed"] = torch.zeros(1, 32, 1, 251)
 
@@ -92,6 +117,9 @@ def of_another_size(state: dict[str, Tensor]) -> None:
     [
         (without, "lacks 1 tensors, the first audio_encoder.blocks.1.attn.qkv.bias"),
         (with_more, "holds 1 tensors that this model has no place for, the first audio_encoder.blocks.2.attn.qkv.bias"),
+        (mistyped, "lacks 1 tensors, the first audio_encoder.blocks.1.attn.qkv.bias"),
+        (exchanged, r"mlp.down_proj.weight is \(64, 48\), this model wants \(48, 64\)"),
+        (cut_short, r"lm_head.weight is \(63, 48\), this model wants \(64, 48\)"),
         (of_another_size, r"time_pos_embed is \(1, 32, 1, 251\), this model wants \(1, 32, 1, 252\)"),
     ],
 )
@@ -130,7 +158,7 @@ def dasheng_of_the_hub(name: str) -> str:
 
 
 LAYOUTS = [
-    (released, "*", ["audio_encoder.front_end.0.mel_scale.fb", "audio_encoder.front_end.0.spectrogram.window"]),
+    (released, "*", []),
     (transformers_4, "decoder.*", ["thinker.audio_tower.proj.weight", "thinker.visual.x", "talker.model.norm.weight"]),
     (transformers_5, "decoder.*", ["model.audio_tower.proj.weight", "model.visual.patch_embed.proj.weight"]),
     (thinker_5, "decoder.*", ["thinker.model.visual.x", "talker.model.norm.weight"]),
@@ -178,6 +206,30 @@ def test_a_pt_file_that_is_no_dasheng_is_refused(content, tmp_path):
         open_source(str(path))
 
 
+class Harmful:
+    """What a pickle can hold: a call that is made when it is read."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> tuple[object, tuple[object, ...]]:
+        return Path.touch, (self.witness,)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("where", ["model", "config"])
+def test_a_pt_file_runs_no_code(where, zipped, tmp_path, monkeypatch):
+    """Whatever the environment says: it can undo torch's default, on which the dasheng package relies."""
+    monkeypatch.setenv("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "1")
+    content = {"model": {}, "config": {}} | {where: {"embed_dim": Harmful(tmp_path / "witness")}}
+    torch.save(content, tmp_path / "dasheng.pt", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(
+        WeightsError, match=r"dasheng.pt is no Dasheng checkpoint: it holds something else than tensors"
+    ):
+        open_source(str(tmp_path / "dasheng.pt"))
+    assert not (tmp_path / "witness").exists()
+
+
 def test_shards_with_an_index_and_a_missing_one(tmp_path):
     theirs = tiny_lm(seed=1)
     save_torch_state_dict(base_state(theirs), tmp_path, max_shard_size="60KB")
@@ -187,6 +239,129 @@ def test_shards_with_an_index_and_a_missing_one(tmp_path):
     shards[1].unlink()
     with pytest.raises(WeightsError, match=f"names {shards[1].name}, which is not there"):
         open_source(str(tmp_path))
+
+
+def listed(folder: Path) -> tuple[Path, dict[str, str]]:
+    """Weights in shards: the index and its map."""
+    save_torch_state_dict(base_state(tiny_lm(seed=1)), folder, max_shard_size="60KB")
+    index = folder / "model.safetensors.index.json"
+    return index, json.loads(index.read_text())["weight_map"]
+
+
+def in_another_shard(folder: Path) -> str:
+    index, places = listed(folder)
+    name = "audio_encoder.norm.weight"
+    places[name] = next(f for f in places.values() if f != places[name])
+    index.write_text(json.dumps({"weight_map": places}))
+    return f"{places[name]} does not hold {name}, though model.safetensors.index.json says so"
+
+
+def in_no_shard(folder: Path) -> str:
+    index, places = listed(folder)
+    places["audio_encoder.cls_token"] = places["audio_encoder.norm.weight"]
+    index.write_text(json.dumps({"weight_map": places}))
+    return "does not hold audio_encoder.cls_token"
+
+
+def not_in_the_index(folder: Path) -> str:
+    index, places = listed(folder)
+    del places["audio_encoder.norm.weight"]
+    index.write_text(json.dumps({"weight_map": places}))
+    return "holds audio_encoder.norm.weight, which model.safetensors.index.json does not place there"
+
+
+def beside_an_older_model(folder: Path) -> str:
+    listed(folder)
+    save_file({"audio_encoder.norm.weight": torch.zeros(32)}, folder / "model.safetensors")
+    return "holds model.safetensors, which model.safetensors.index.json does not name"
+
+
+def with_a_broken_index(folder: Path) -> str:
+    index, _ = listed(folder)
+    index.write_text(index.read_text()[:-20])
+    return "index.json cannot be read as JSON"
+
+
+def with_an_empty_index(folder: Path) -> str:
+    index, _ = listed(folder)
+    index.write_text("{}")
+    return "holds no weight_map"
+
+
+def with_a_broken_config(folder: Path) -> str:
+    listed(folder)
+    (folder / "config.json").write_text('{"model_type": ')
+    return "config.json cannot be read as JSON"
+
+
+def cut_in_mid_shard(folder: Path) -> str:
+    listed(folder)
+    shard = sorted(folder.glob("model-*.safetensors"))[1]
+    shard.write_bytes(shard.read_bytes()[:-1])
+    return f"{shard.name} cannot be read"
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        in_another_shard, in_no_shard, not_in_the_index, beside_an_older_model, with_a_broken_index,
+        with_an_empty_index, with_a_broken_config, cut_in_mid_shard,
+    ],
+)  # fmt: skip
+def test_shards_and_an_index_that_disagree_are_refused_by_name(spoil: Callable[[Path], str], tmp_path):
+    words = spoil(tmp_path)
+    with pytest.raises(WeightsError, match=re.escape(words)):
+        open_source(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "dtype", [torch.int8, torch.uint8, torch.int64, torch.float8_e4m3fn, torch.float64, torch.bool]
+)
+def test_a_tensor_of_no_usable_dtype_is_refused_by_name(dtype, tmp_path):
+    state = dict(base_state(tiny_lm(seed=1)))
+    name = "decoder.model.layers.1.mlp.up_proj.weight"
+    state[name] = state[name].to(dtype)
+    with pytest.raises(WeightsError, match=rf"{name} is {dtype}, this model wants torch.float32 or"):
+        take_all(tiny_lm(), write(tmp_path, state))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_loaded_tensor_has_the_dtype_that_it_is_kept_in(dtype, precision, tmp_path):
+    """What learns in float32, what is frozen as run.precision says, statistics in float32; all of them rounded once."""
+    state = {n: t.to(dtype) if t.is_floating_point() else t for n, t in base_state(tiny_lm(seed=1)).items()}
+    lm = AudioLM(TINY, OMNI, FIELDS[OMNI], weights.PARTS)
+    adapt.freeze_all_but(lm, PARTS[:2])
+    load(lm, [Start(write(tmp_path, state), ("*",))], [], merge_lora=False, precision=precision)
+    for name, tensor in base_state(lm).items():
+        half = precision == "bf16" and name.startswith("decoder.")
+        kept = torch.bfloat16 if half else torch.float32 if tensor.is_floating_point() else torch.int64
+        assert tensor.dtype == kept, name
+        assert torch.equal(tensor, state[name].to(kept)), name
+    assert {n for n, p in lm.named_parameters() if not p.requires_grad} == {
+        n for n in state if n.startswith("decoder.")
+    }
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "model.pth"])
+def test_pickled_weights_are_never_taken_instead(name, tmp_path):
+    torch.save(base_state(tiny_lm()), tmp_path / name)
+    with pytest.raises(WeightsError, match=f"{name} and no safetensors. A pickle can run code.*save_pretrained"):
+        open_source(str(tmp_path))
+    if name != "model.pt":
+        with pytest.raises(WeightsError, match="is a file; write the folder"):
+            open_source(str(tmp_path / name))
+
+
+def test_loaded_weights_do_not_change_when_their_file_does(tmp_path):
+    """safetensors maps a file into memory; a stage that is trained again writes over it."""
+    source = write(tmp_path, base_state(tiny_lm(seed=1)))
+    lm = take_all(tiny_lm(), source)
+    file = tmp_path / "model.safetensors"
+    with file.open("r+b") as opened:
+        opened.seek(file.stat().st_size // 2)
+        opened.write(bytes(file.stat().st_size // 2))
+    assert same(lm, tiny_lm(seed=1))
 
 
 def test_a_cut_off_file_is_refused(tmp_path):
