@@ -31,7 +31,7 @@ from midasheng.sample import NO_TARGET, Pack, Sample, Turn, pack
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # peft imports it, and it warns of kernels that nobody asked
 
 from midasheng.model import adapt, attention, weights  # noqa: E402
-from midasheng.model.audio_lm import AudioLM  # noqa: E402
+from midasheng.model.audio_lm import PARTS, AudioLM  # noqa: E402
 from midasheng.model.decoder import text_fields  # noqa: E402
 from midasheng.model.encoder import EncoderShape  # noqa: E402
 from midasheng.model.generate import Sampling, generate, steps  # noqa: E402
@@ -280,12 +280,13 @@ def load(path: str | Path, device: str = "auto", dtype: str = "auto") -> Listene
     chat = _chat(folder, config)
     try:
         source = _adapted(weights.open_source(str(folder)), folder)
-        lm = _empty_lm(config, folder, where, DTYPES[dtype])
-        weights.load(lm, [weights.Start(source, ("*",))], [], merge_lora=True)
+        lm = _lm(config, folder)
+        weights.load(lm, [weights.Start(source, ("*",))], [], merge_lora=True, precision=DTYPES[dtype])
     except UserError as error:
         raise type(error)(str(error).removeprefix("start: ")) from None
     attention.verify(where, torch.float32 if dtype == "float32" else torch.bfloat16)
-    return Listener(lm.eval(), chat)
+    adapt.set_precision(lm, DTYPES[dtype])
+    return Listener(lm.to(where).eval(), chat)
 
 
 def _device(name: str) -> torch.device:
@@ -376,25 +377,12 @@ def _adapted(source: weights.Source, folder: Path) -> weights.Source:
     return source
 
 
-def _empty_lm(config: Mapping[str, Any], folder: Path, device: torch.device, precision: str) -> AudioLM:
-    """The model of a config.json with room for its weights on the device, without random numbers in between."""
+def _lm(config: Mapping[str, Any], folder: Path) -> AudioLM:
+    """The model of a config.json, without memory for its weights."""
     encoder = config["audio_encoder_config"]
     try:
         architecture, fields = text_fields(config["text_config"])
     except UserError as error:
         raise UserError(f"{folder / 'config.json'}: {error}") from None
     shape = EncoderShape(encoder["embed_dim"], encoder["depth"], encoder["num_heads"], encoder.get("mlp_ratio", 4.0))
-    with torch.device("meta"):
-        lm = AudioLM(shape, architecture, fields)
-    lm.requires_grad_(False)
-    adapt.set_precision(lm, precision)
-    lm.to_empty(device=device)
-    if lm.decoder.config.tie_word_embeddings:
-        lm.decoder.lm_head.weight = lm.decoder.model.embed_tokens.weight
-    # what is in no file of weights must be made here: the tables of the rotary positions, and nothing else
-    rotary = type(lm.decoder.model.rotary_emb)
-    lm.decoder.model.rotary_emb = rotary(lm.decoder.config).to(device)
-    stored = lm.state_dict().keys()
-    made = [name for name, _ in lm.named_buffers() if name not in stored]
-    assert all(".rotary_emb." in name for name in made), f"buffers without values: {made}"
-    return lm
+    return AudioLM(shape, architecture, fields, PARTS).requires_grad_(False)
