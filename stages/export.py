@@ -1,4 +1,4 @@
-"""A run -> a folder that transformers and vLLM load, or its adapter, proved equal; `make export TO=dir NAME=stage3_sft`.
+"""A run -> a folder that transformers and vLLM load, or its adapter, proved equal; `make export TO=dir NAME=...`.
 
 Nothing lies under TO unless its certificate has passed: logits, from audio files in a fresh process, of the live model.
 """

@@ -35,7 +35,7 @@ def tone(n_samples: int, seed: int) -> Clip:
 
 
 def recordings(stage: Stage) -> list[tuple[tuple[Turn, ...], Clip]]:
-    """(turns, clip) of the stage's held-out records, the corpora in turn. Raises UserError when its data are not here."""
+    """(turns, clip) of the stage's held-out records, the corpora in turn. Raises UserError without its data."""
     found: list[list[tuple[tuple[Turn, ...], Clip]]] = []
     for corpus in open_data(stage, make=False).corpora:
         rows = []

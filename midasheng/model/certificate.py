@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -66,15 +67,16 @@ def listen(model: AudioLM, trials: Sequence[Trial]) -> Heard:
 
 
 def compare(first: Sequence[Tensor], second: Sequence[Tensor]) -> dict[str, float]:
-    """Largest and mean |difference| of logits, and the share of slots whose best token is the same."""
+    """Slots, largest and mean |difference| of their logits, and the share of slots whose best token is the same."""
     assert len(first) == len(second), f"{len(first)} trials against {len(second)}"
     for a, b in zip(first, second, strict=True):
         assert a.shape == b.shape, f"logits {tuple(a.shape)} against {tuple(b.shape)}"
     if not all(bool(t.isfinite().all()) for t in (*first, *second)):
-        return {"max": float("inf"), "mean": float("inf"), "top1": 0.0}
+        return {"slots": 0, "max": float("inf"), "mean": float("inf"), "top1": 0.0}
     differences = [(a - b).abs() for a, b in zip(first, second, strict=True)]
     same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(first, second, strict=True)])
     return {
+        "slots": sum(len(d) for d in differences),
         "max": max(float(d.max()) for d in differences),
         "mean": sum(float(d.double().sum()) for d in differences) / sum(d.numel() for d in differences),
         "top1": float(same.float().mean()),
@@ -109,7 +111,8 @@ def reload(folder: Path, adapter: Path | None, trials: Sequence[Trial], scratch:
             soundfile.write(path, clip, frames.SAMPLE_RATE, subtype="FLOAT")
         asked.append({"messages": messages(trial, [str(path) for path in paths])})
     job, out = scratch / "job.json", scratch / "reloaded.safetensors"
-    what = {"folder": str(folder), "adapter": str(adapter or ""), "batch": BATCH, "trials": asked}
+    what = {"folder": str(folder), "adapter": str(adapter or ""), "batch": BATCH, "trials": asked,
+            "threads": torch.get_num_threads()}  # fmt: skip
     job.write_text(json.dumps(what), encoding="utf-8")
     # -I: nothing of ours is importable from the working directory; its own cache of the folder's code
     ran = subprocess.run(
@@ -118,8 +121,10 @@ def reload(folder: Path, adapter: Path | None, trials: Sequence[Trial], scratch:
         env=os.environ | {"HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     if ran.returncode:
-        reason = [line for line in ran.stderr.strip().splitlines() if line.strip()][-1:]
-        raise ExportError(f"the export does not run in a fresh process: {' '.join(reason) or ran.returncode}")
+        raised = re.findall(r"^[\w.]*(?:Error|Exception|Exit)\b.*", ran.stderr, flags=re.MULTILINE)
+        raise ExportError(
+            f"the export does not run in a fresh process: {raised[-1][:500] if raised else ran.stderr[-500:]}"
+        )
     return load_file(out)
 
 
@@ -141,15 +146,17 @@ def check_inputs(made: dict[str, Tensor], trials: Sequence[Trial], live: Heard, 
             mel, ours = made[f"mel_{i}_{j}"], next(mels)
             if not torch.equal(mel, ours):
                 far = float((mel - ours).abs().max()) if mel.shape == ours.shape else float("inf")
-                raise ExportError(f"trial {i}: its front end differs from ours by {far:g} dB; it must be equal to the bit")
+                raise ExportError(
+                    f"trial {i}: its front end differs from ours by {far:g} dB; it must be equal to the bit"
+                )
 
 
 def demand(what: str, found: dict[str, float], dtype: str) -> None:
     """Raises ExportError when two models are too far apart: by largest difference in fp32, by top-1 in bf16."""
     if dtype == "fp32" and not found["max"] <= MOST_DIFFERENCE:
         raise ExportError(
-            f"{what}: logits differ by {found['max']:.2g} (mean {found['mean']:.2g}, top-1 {found['top1']:.1%}); at most "
-            f"{MOST_DIFFERENCE:g} may be: this is not the model that was trained"
+            f"{what}: logits differ by {found['max']:.2g} (mean {found['mean']:.2g}, top-1 {found['top1']:.1%}); at "
+            f"most {MOST_DIFFERENCE:g} may be: this is not the model that was trained"
         )
     if dtype == "bf16" and not found["top1"] >= LEAST_AGREEMENT:
         raise ExportError(

@@ -95,11 +95,12 @@ def serves(stage: Stage, form: str) -> dict[str, str]:
     elif (tokens.audio_bos, tokens.audio, tokens.audio_eos) != PUBLISHED_TOKENS:
         no = f"no: it knows the audio tokens as {' '.join(PUBLISHED_TOKENS)} only, tokenizer.* names others"
     elif rope_theta(decoder.fields) != 1e6:
-        no = f"no: it takes rope_theta 1000000 whatever the config says, this decoder has {rope_theta(decoder.fields):g}"
+        no = (
+            f"no: it takes rope_theta 1000000 whatever the config says, this decoder has {rope_theta(decoder.fields):g}"
+        )
     if form == "adapter":
-        return {"transformers": "yes (peft.PeftModel on the base)"} | {
-            t: no or "no: its MiDashengLM takes no LoRA; merge it (FORMAT=hf)" for t in TARGETS[1:]
-        }
+        alone = no or "no: its MiDashengLM takes no LoRA; merge it (FORMAT=hf)"
+        return {"transformers": "yes (peft.PeftModel on the base)", "vllm": alone, "sglang": alone}
     biases = "no: its MiDashengLM has a projector without biases and drops the stored ones (audio_projector.net.*.bias)"
     return {"transformers": "yes", "vllm": no or "yes", "sglang": no or biases}
 
@@ -235,9 +236,9 @@ def write_model(
     state = cast(base_state(model), dtype)
     save_torch_state_dict(state, folder, max_shard_size=shard)
     for path in weights.iterdir():  # the tokenizer's files, whatever they are called
-        if path.is_file() and path.suffix in (".json", ".txt", ".model") and not path.name.startswith("model."):
-            if path.name not in ("config.json", "stage.json"):
-                shutil.copyfile(path, folder / path.name)
+        ours = path.name in ("config.json", "stage.json") or path.name.startswith("model")
+        if path.is_file() and not ours:
+            shutil.copyfile(path, folder / path.name)
     stored = json.loads((weights / "tokenizer_config.json").read_text(encoding="utf-8"))
     vocabulary = vocabulary_of(folder / "tokenizer.json")
     end, pad = vocabulary["<|im_end|>"], vocabulary.get(str(stored.get("pad_token")), vocabulary["<|im_end|>"])
@@ -248,8 +249,8 @@ def write_model(
             "suppress_tokens": [audio_id],  # no clip can be said
         },
         "preprocessor_config.json": {
-            "feature_extractor_type": "Wav2Vec2FeatureExtractor", "feature_size": 1, "sampling_rate": frames.SAMPLE_RATE,
-            "padding_value": 0.0, "padding_side": "right", "do_normalize": False, "return_attention_mask": False,
+            "feature_extractor_type": "Wav2Vec2FeatureExtractor", "feature_size": 1,
+            "sampling_rate": frames.SAMPLE_RATE, "padding_value": 0.0, "padding_side": "right", "do_normalize": False, "return_attention_mask": False,
             "processor_class": "MiDashengLMProcessor",
             "auto_map": {"AutoProcessor": "processing_midashenglm.MiDashengLMProcessor"},
         },
@@ -275,7 +276,7 @@ def vocabulary_of(tokenizer: Path) -> dict[str, int]:
 
 
 def write_adapter(folder: Path, weights: Path, base_sha256: str) -> None:
-    """The run's adapter in peft's format, with the hash of its base in the file itself and in adapter_config.json."""
+    """The run's adapter in peft's format, with the hash of its base in the metadata of its file."""
     folder.mkdir(parents=True, exist_ok=True)
     state = load_file(weights / "adapter" / "adapter_model.safetensors")
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt", "base_sha256": base_sha256})
@@ -301,7 +302,15 @@ def lineage(weights: Path, scale_folder: Path) -> list[dict[str, Any]]:
         records = [json.loads((f / "stage.json").read_text(encoding="utf-8")) for f in here]
         same = [r for r in records if not recorded or r["sha256"] == recorded.get("sha256")]
         if not same:
-            why = "trained again since" if records else "not there any more" if recorded.get("stage") else "no run of ours"
+            if any(f.get("from") == str(folder) for f in found):
+                continue
+            why = (
+                "trained again since"
+                if records
+                else "not there any more"
+                if recorded.get("stage")
+                else "no run of ours"
+            )
             found.append({"from": str(folder), "stage": recorded.get("stage"), "missing": why})
             continue
         if any(same[0]["sha256"] == f.get("sha256") for f in found):
@@ -315,13 +324,13 @@ def card(
     chain: Sequence[Mapping[str, Any]], licences: Callable[[str], str], asked: Asked, served: Mapping[str, str],
     proof: Mapping[str, Any],
 ) -> str:  # fmt: skip
-    """README.md: how to use it, where it comes from, on what it was trained and under which licences, what was proved."""
+    """README.md: how to use it, where it comes from, what it was trained on under which licences, what was proved."""
     lines = ["---", "library_name: transformers" if asked.form != "adapter" else "library_name: peft"]
     lines += ["pipeline_tag: audio-text-to-text", "license: other", "---", f"# {chain[0]['name']}", ""]
     if asked.form == "adapter":
         lines += [
-            f"A LoRA adapter; the sha256 of the content of its base is `{proof['base_sha256']}` (`content_sha256` in the "
-            f"{CERTIFICATE} of a FORMAT=base export in fp32 of the same run).",
+            f"A LoRA adapter; the sha256 of the content of its base is `{proof['base_sha256']}` (`content_sha256` in "
+            f"the {CERTIFICATE} of a FORMAT=base export in fp32 of the same run).",
             "", "```python", "from peft import PeftModel", "model = PeftModel.from_pretrained(base, ADAPTER)", "```",
         ]  # fmt: skip
     else:
@@ -339,7 +348,13 @@ def card(
             "print(processor.batch_decode(answer, skip_special_tokens=True))", "```",
         ]  # fmt: skip
     lines += ["", "## Where it can run", ""] + [f"- {target}: {answer}" for target, answer in served.items()]
-    lines += ["", "## Where it comes from", "", "| stage | run | steps | commit | config | learned |", "|---|---|---|---|---|---|"]
+    lines += [
+        "",
+        "## Where it comes from",
+        "",
+        "| stage | run | steps | commit | config | learned |",
+        "|---|---|---|---|---|---|",
+    ]
     mixes = []
     for record in chain:
         if "missing" in record:
@@ -347,12 +362,19 @@ def card(
             continue
         learned = ", ".join([*record["trained"], *(f"LoRA {t}" for t in record["lora"])])
         lines.append(
-            f"| {record['stage']} | {record['name']} ({record['scale']}) | {record['steps']} | {record['git_commit']} | "
-            f"{record['config_hash']} | {learned} |"
+            f"| {record['stage']} | {record['name']} ({record['scale']}) | {record['steps']} | "
+            f"{record['git_commit']} | {record['config_hash']} | {learned} |"
         )
         shares = record["plan"]["mix"].items()
         mixes += [f"| {record['stage']} | {corpus} | {p:.4g} | {licences(corpus)} |" for corpus, p in shares]
-    lines += ["", "## Data", "", "Percent of samples; `unknown`: no licence could be established.", ""]
+    lines += [
+        "",
+        "## Data",
+        "",
+        "Percent of samples; `unknown`: no licence could be established. Weights that are no run of ours, or are not "
+        "there any more, bring data and licences of their own that stand nowhere here.",
+        "",
+    ]
     lines += ["| stage | corpus | percent | licence |", "|---|---|---|---|", *mixes, "", "## Proved at export", ""]
     lines += [f"- {name}: {value}" for name, value in proof.items()]
     return "\n".join(lines) + "\n"
@@ -446,4 +468,3 @@ def _transformers() -> str:
     import transformers
 
     return str(transformers.__version__)
-

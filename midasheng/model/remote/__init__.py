@@ -1,1 +1,1 @@
-"""What travels with an exported model: three files of its own code, and the script that proves it in a fresh process."""
+"""What travels with an exported model: three files of code, and the script that proves it in a fresh process."""

@@ -1,4 +1,4 @@
-"""Configuration of MiDashengLM: a Dasheng audio encoder, a projector and a text decoder; and how many tokens a clip is."""
+"""Configuration of MiDashengLM: a Dasheng audio encoder, a projector, a text decoder; and how many tokens a clip is."""
 
 from transformers import AutoConfig, PretrainedConfig
 from transformers.models.qwen2_5_omni.configuration_qwen2_5_omni import Qwen2_5OmniTextConfig

@@ -126,7 +126,7 @@ class DashengEncoder(nn.Module):
     def forward(self, input_values, audio_length):
         """(B, L) padded with anything, (B,) -> list of (frames, E), a clip each; nothing depends on the padding."""
         positions = (self.time_pos_embed + self.freq_pos_embed)[0, :, 0].T
-        clips = [values[:n] for values, n in zip(input_values, audio_length.flatten().tolist())]
+        clips = [values[:n] for values, n in zip(input_values, audio_length.flatten().tolist(), strict=True)]
         chunks_of = [self.patch_embed(self.normalised(clip)).split(self.chunk) for clip in clips]
         chunks = [chunk + positions[: len(chunk)] for chunks in chunks_of for chunk in chunks]
         lengths = torch.tensor([len(chunk) for chunk in chunks], device=input_values.device)
@@ -134,7 +134,7 @@ class DashengEncoder(nn.Module):
         mask = (torch.arange(x.shape[1], device=x.device) < lengths[:, None])[:, None, None]
         for block in self.blocks:
             x = block(x, mask)
-        x = iter([row[:n] for row, n in zip(self.norm(x), lengths.tolist())])
+        x = iter([row[:n] for row, n in zip(self.norm(x), lengths.tolist(), strict=True)])
         return [torch.cat([next(x) for _ in chunks]) for chunks in chunks_of]
 
 

@@ -63,7 +63,8 @@ class MiDashengLMProcessor(ProcessorMixin):
         for one in texts:
             head, *tails = one.split(self.audio_token)
             expanded.append(head + "".join(self.audio_token * next(counts) + tail for tail in tails))
-        inputs = dict(self.tokenizer(expanded, **merged["text_kwargs"]))
+        encoded = self.tokenizer(expanded, **merged["text_kwargs"])
+        inputs = {name: encoded[name] for name in ("input_ids", "attention_mask")}
         if clips:
             padded = self.feature_extractor(
                 clips, sampling_rate=merged["audio_kwargs"]["sampling_rate"], padding=True, return_attention_mask=False

@@ -2,8 +2,9 @@
 
     python reload.py JOB.json OUT.safetensors
 
-JOB: folder, adapter ("" for none), batch, trials [{messages}] (content parts {type: audio, path} and {type: text, text}).
-OUT: of trial i ids_i (T,), logits_i (text slots, V) and of its clips mel_i_j (64, M); and loading, which must be empty.
+JOB: folder, adapter ("" for none), batch, threads, trials [{messages}]; parts of a message are {type: audio, path} and
+{type: text, text}.
+OUT: of trial i ids_i (T,), logits_i (text slots, V) and of its clips mel_i_j (64, M).
 """
 
 import json
@@ -20,6 +21,7 @@ def main(job: Path, out: Path) -> None:
     """Read the job, write what the model makes of it."""
     asked = json.loads(job.read_text(encoding="utf-8"))
     folder, trials = asked["folder"], asked["trials"]
+    torch.set_num_threads(asked["threads"])  # the order of additions may depend on it
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     AutoTokenizer.from_pretrained(folder)
     model, loading = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
@@ -36,7 +38,9 @@ def main(job: Path, out: Path) -> None:
     for first in range(rows):
         numbers = range(first, len(trials), rows)  # short and long ones together, so that padding is part of the proof
         texts = [processor.apply_chat_template(trials[i]["messages"], tokenize=False) for i in numbers]
-        parts = [[p["path"] for m in trials[i]["messages"] for p in m["content"] if p["type"] == "audio"] for i in numbers]
+        parts = [
+            [p["path"] for m in trials[i]["messages"] for p in m["content"] if p["type"] == "audio"] for i in numbers
+        ]
         inputs = processor(text=texts, audio=[path for paths in parts for path in paths])
         logits = model(**inputs).logits.float()
         clips = iter(zip(inputs["input_values"], inputs["audio_length"].tolist(), strict=True))
