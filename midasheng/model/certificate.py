@@ -66,7 +66,7 @@ def listen(model: AudioLM, trials: Sequence[Trial]) -> Heard:
     return Heard(logits, mels)
 
 
-def compare(first: Sequence[Tensor], second: Sequence[Tensor]) -> dict[str, float]:
+def compare(first: Sequence[Tensor], second: Sequence[Tensor]) -> dict[str, int | float]:
     """Slots, largest and mean |difference| of their logits, and the share of slots whose best token is the same."""
     assert len(first) == len(second), f"{len(first)} trials against {len(second)}"
     for a, b in zip(first, second, strict=True):
@@ -117,7 +117,7 @@ def reload(folder: Path, adapter: Path | None, trials: Sequence[Trial], scratch:
     # -I: nothing of ours is importable from the working directory; its own cache of the folder's code
     ran = subprocess.run(
         [sys.executable, "-I", str(RELOAD), str(job), str(out)],
-        capture_output=True, text=True, check=False,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
         env=os.environ | {"HF_MODULES_CACHE": str(scratch / "modules"), "HF_HUB_OFFLINE": "1"},
     )  # fmt: skip
     if ran.returncode:
@@ -151,7 +151,7 @@ def check_inputs(made: dict[str, Tensor], trials: Sequence[Trial], live: Heard, 
                 )
 
 
-def demand(what: str, found: dict[str, float], dtype: str) -> None:
+def demand(what: str, found: dict[str, int | float], dtype: str) -> None:
     """Raises ExportError when two models are too far apart: by largest difference in fp32, by top-1 in bf16."""
     if dtype == "fp32" and not found["max"] <= MOST_DIFFERENCE:
         raise ExportError(

@@ -250,7 +250,8 @@ def write_model(
         },
         "preprocessor_config.json": {
             "feature_extractor_type": "Wav2Vec2FeatureExtractor", "feature_size": 1,
-            "sampling_rate": frames.SAMPLE_RATE, "padding_value": 0.0, "padding_side": "right", "do_normalize": False, "return_attention_mask": False,
+            "sampling_rate": frames.SAMPLE_RATE, "padding_value": 0.0, "padding_side": "right",
+            "do_normalize": False, "return_attention_mask": False,
             "processor_class": "MiDashengLMProcessor",
             "auto_map": {"AutoProcessor": "processing_midashenglm.MiDashengLMProcessor"},
         },
@@ -438,12 +439,8 @@ def _write_and_prove(
     with nullcontext() if asked.form != "base" else adapt.without_lora(live):
         expected = listen(live, trials)
     proof: dict[str, Any] = {}
-    if asked.form == "hf":
-        del live
-        written = model_of(stage, source, merge=True)
-    else:
-        written = live
-        adapt.set_precision(written, "fp32")
+    del live  # rounded to bf16 by now, perhaps
+    written = model_of(stage, source, merge=asked.form == "hf")
     if source.lora_plan is not None and asked.form != "base":
         merged = written if asked.form == "hf" else model_of(stage, source, merge=True)
         proof["adapter against merged, fp32"] = compare(as_trained.logits, listen(merged, trials).logits)

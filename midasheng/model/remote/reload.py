@@ -23,7 +23,7 @@ def main(job: Path, out: Path) -> None:
     folder, trials = asked["folder"], asked["trials"]
     torch.set_num_threads(asked["threads"])  # the order of additions may depend on it
     processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    AutoTokenizer.from_pretrained(folder)
+    AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
     model, loading = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, output_loading_info=True)
     wrong = {name: sorted(map(str, found)) for name, found in loading.items() if found}
     assert not wrong, f"not loaded as stored: {wrong}"
