@@ -7,6 +7,8 @@ import argparse
 import sys
 from pathlib import Path
 
+import transformers
+
 from midasheng import config
 from midasheng.config import UserError
 from midasheng.data.chat import Chat
@@ -36,6 +38,7 @@ def main() -> int:
     parser.add_argument("--to", required=True, type=Path)
     parser.add_argument("--fresh", action="store_true")
     a = parser.parse_args()
+    transformers.logging.set_verbosity_error()  # it warns that it does not know the model whose tokenizer is read
     run = Path(a.runs) / a.scale / a.name
     try:
         if not (run / "config.yaml").is_file():

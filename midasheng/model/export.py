@@ -102,7 +102,8 @@ def serves(stage: Stage, form: str) -> dict[str, str]:
         alone = no or "no: its MiDashengLM takes no LoRA; merge it (FORMAT=hf)"
         return {"transformers": "yes (peft.PeftModel on the base)", "vllm": alone, "sglang": alone}
     biases = "no: its MiDashengLM has a projector without biases and drops the stored ones (audio_projector.net.*.bias)"
-    return {"transformers": "yes", "vllm": no or "yes", "sglang": no or biases}
+    mel = "yes (not run here; its front end rounds to bf16, and in a batch its encoder attends to the padding of clips)"
+    return {"transformers": "yes", "vllm": no or mel, "sglang": no or biases}
 
 
 def rope_theta(fields: Mapping[str, Any]) -> float:
@@ -185,7 +186,11 @@ def cast(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
 def config_json(model: AudioLM, audio_id: int, dtype: str) -> dict[str, Any]:
     """config.json of the export: the released keys, where the code lies, and rotary positions in the words of both
     transformers 4 (vLLM reads them too) and 5."""
-    text = model.decoder.config.to_dict() | {"use_cache": True}
+    from transformers import PretrainedConfig
+
+    said, common = model.decoder.config.to_dict(), PretrainedConfig().to_dict()
+    text = {k: v for k, v in said.items() if k not in common or v != common[k]}  # what every config says, left out
+    text |= {"use_cache": True, "tie_word_embeddings": said["tie_word_embeddings"], "model_type": said["model_type"]}
     rope = dict(text.get("rope_parameters") or {})
     theta = rope.pop("rope_theta", None)
     if theta is not None:
