@@ -13,6 +13,10 @@ STEP   ?=
 KEY    ?=
 DATA   ?=
 OUT    ?=
+TO     ?=
+FORMAT ?= hf
+DTYPE  ?= fp32
+TARGET ?=
 TASK   ?=
 PROMPT ?=
 COLUMNS ?=
@@ -30,7 +34,7 @@ ASKED   = $(if $(TASK),--task "$(TASK)") $(if $(PROMPT),--prompt "$(PROMPT)") $(
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data prepare check-data index finetune stage1 stage2 stage3 stages curves audit chat keys bench test lint
+.PHONY: help setup data prepare check-data index finetune stage1 stage2 stage3 stages curves audit chat export keys bench test lint
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -97,6 +101,11 @@ chat: setup  ## ask a trained model: AUDIO=x.wav (or several) PROMPT="..."; with
 
 curves: setup  ## draw the loss of every run of SCALE into $(RUNS)/$(SCALE)/curves.png, print a table
 	@$(PY) -m stages.curves --scale "$(SCALE)" --runs "$(RUNS)"
+
+export: setup  ## run NAME -> TO, proved equal: FORMAT=hf (LoRA merged), base or adapter; DTYPE=fp32|bf16 TARGET=vllm
+	@[ -n "$(NAME)" ] && [ -n "$(TO)" ] || { echo "error: say which run, and where to: make export NAME=stage3_sft TO=dir"; exit 2; }
+	@$(PY) -m stages.export --scale "$(SCALE)" --runs "$(RUNS)" --name "$(NAME)" --to "$(TO)" --format "$(FORMAT)" \
+	  --dtype "$(DTYPE)" $(if $(TARGET),--target "$(TARGET)") $(if $(FRESH),--fresh)
 
 keys: setup  ## every config key with its default and its sentence
 	@$(PY) -m stages.keys

@@ -41,7 +41,7 @@ def hand_off(folder: Path, chat: Chat, architecture: str = OMNI, *, lora: bool =
                     parameter.normal_(std=0.1)
     weights.hand_off(
         lm, folder, {"stage": "stage3_sft"}, PLAN if lora else None, start_digests=dict.fromkeys(weights.PARTS, ""),
-        audio_token_id=chat.audio, audio_bos_token_id=chat.audio_bos, audio_eos_token_id=chat.audio_eos,
+        audio_ids=chat.audio_ids,
         save_tokenizer=chat.save,
     )  # fmt: skip
     return lm.eval()

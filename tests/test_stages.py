@@ -492,7 +492,9 @@ def released(tiny: Tiny, folder: Path) -> AudioLM:
     state = {n: t.bfloat16() if t.is_floating_point() else t for n, t in base_state(lm).items()}
     save_torch_state_dict(state, folder, max_shard_size="100KB")
     code = {"AutoConfig": "configuration_midashenglm.MiDashengLMConfig"}
-    (folder / "config.json").write_text(json.dumps(released_config(lm, 1) | {"auto_map": code}, default=str))
+    (folder / "config.json").write_text(
+        json.dumps(released_config(lm, {"audio_token_id": 1}) | {"auto_map": code}, default=str)
+    )
     told = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(told | {"processor_class": "MiDashengLMProcessor"}))
     return lm

@@ -69,6 +69,13 @@ class Chat:
     def _encode_text(self, text: str) -> tuple[int, ...]:
         return tuple(self._plain.encode(text, add_special_tokens=False).ids)
 
+    @property
+    def audio_ids(self) -> dict[str, int]:
+        """The three audio tokens, under their names in a model's config.json."""
+        return {
+            "audio_token_id": self.audio, "audio_bos_token_id": self.audio_bos, "audio_eos_token_id": self.audio_eos
+        }  # fmt: skip
+
     def fingerprint(self) -> str:
         """Hash of the whole tokenizer: token counts and weights made under another one are refused."""
         content = self.tokenizer.backend_tokenizer.to_str()

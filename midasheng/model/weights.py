@@ -7,7 +7,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -597,19 +597,15 @@ def check_tokenizer(start: Start, fingerprint: str) -> None:
 # -- handing off ----------------------------------------------------------------------------------------------------
 
 
-def released_config(
-    model: AudioLM, audio_token_id: int, audio_bos_token_id: int, audio_eos_token_id: int
-) -> dict[str, Any]:  # fmt: skip
-    """config.json in the layout of the released MiDashengLM, and the two tokens around the audio, whose names a decoder
-    may lack."""
+def released_config(model: AudioLM, audio_ids: Mapping[str, int]) -> dict[str, Any]:
+    """config.json in the layout of the released MiDashengLM. `audio_ids`: audio_token_id, as released, and beside it
+    audio_bos_token_id and audio_eos_token_id, since a decoder may have other names for these tokens."""
     shape = model.audio_encoder.shape
     return {
         "model_type": "midashenglm",
         "architectures": ["MiDashengLMModel"],
         "subsample_factor": 5,
-        "audio_token_id": audio_token_id,
-        "audio_bos_token_id": audio_bos_token_id,
-        "audio_eos_token_id": audio_eos_token_id,
+        **audio_ids,
         "audio_encoder_config": {
             "model_type": "midashenglm_dasheng_encoder", "embed_dim": shape.dim, "depth": shape.depth,
             "num_heads": shape.heads, "mlp_ratio": shape.mlp_ratio, "n_fft": 512, "win_length": 512, "hop_length": 160,
@@ -623,7 +619,7 @@ def released_config(
 
 def hand_off(
     model: AudioLM, folder: Path, record: dict[str, Any], plan: LoraPlan | None, *, start_digests: dict[str, str],
-    audio_token_id: int, audio_bos_token_id: int, audio_eos_token_id: int, save_tokenizer: Callable[[Path], None],
+    audio_ids: Mapping[str, int], save_tokenizer: Callable[[Path], None],
 ) -> dict[str, Any]:  # fmt: skip
     """Write weights/: model*.safetensors under released names, adapter/ in peft's format, tokenizer, config.json and
     stage.json. All or nothing: written beside and renamed. Returns stage.json's content.
@@ -647,8 +643,7 @@ def hand_off(
     if plan is not None:
         _save_adapter(model, temporary / "adapter", plan)
     save_tokenizer(temporary)
-    released = released_config(model, audio_token_id, audio_bos_token_id, audio_eos_token_id)
-    config = json.dumps(released, indent=2, default=str)
+    config = json.dumps(released_config(model, audio_ids), indent=2, default=str)
     (temporary / "config.json").write_text(config + "\n", encoding="utf-8")
     files = sorted(p for p in temporary.rglob("*") if p.is_file())
     for path in files:

@@ -271,8 +271,7 @@ def train(
         }  # fmt: skip
         weights.hand_off(
             model, folder / "weights", record, plan, start_digests=module.start_digests,
-            audio_token_id=data.chat.audio, audio_bos_token_id=data.chat.audio_bos,
-            audio_eos_token_id=data.chat.audio_eos, save_tokenizer=data.chat.save,
+            audio_ids=data.chat.audio_ids, save_tokenizer=data.chat.save,
         )  # fmt: skip
         print("\n".join([*ending(folder), f"skipped: {module.ledger.summary()}; weights in {folder / 'weights'}"]))
 

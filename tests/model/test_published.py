@@ -136,7 +136,7 @@ def write_released(
     """A release of `lm` whose config.json says what is given."""
     folder.mkdir(exist_ok=True)
     save_file({n: t.clone() for n, t in base_state(lm).items()}, folder / "model.safetensors")
-    config = weights.released_config(lm, 1)
+    config = weights.released_config(lm, {"audio_token_id": 1})
     config["text_config"] = (text_config(lm) if text is None else text) | {}
     config["audio_encoder_config"] |= audio or {}
     (folder / "config.json").write_text(json.dumps(config | more, default=str))
@@ -343,7 +343,7 @@ def test_a_release_goes_in_learns_goes_out_and_comes_back(dtype, shards, tmp_pat
     (tmp_path / "release").mkdir()
     save_torch_state_dict(state, tmp_path / "release", max_shard_size=size if shards == 1 else size // 6)
     assert len(list((tmp_path / "release").glob("*.safetensors"))) == shards
-    config = weights.released_config(theirs, 1) | {
+    config = weights.released_config(theirs, {"audio_token_id": 1}) | {
         "auto_map": {"AutoConfig": "configuration_midashenglm.MiDashengLMConfig"}
     }
     (tmp_path / "release" / "config.json").write_text(json.dumps(config, default=str))
@@ -367,7 +367,7 @@ def test_a_release_goes_in_learns_goes_out_and_comes_back(dtype, shards, tmp_pat
     scale = trained.abs().max()
     assert (trained - untrained).abs().max() > 1e-2 * scale
     weights.hand_off(
-        lm, tmp_path / "run" / "weights", {"stage": "finetune"}, plan, start_digests=start, audio_token_id=1,
+        lm, tmp_path / "run" / "weights", {"stage": "finetune"}, plan, start_digests=start, audio_ids={"audio_token_id": 1},
         save_tokenizer=lambda folder: None,
     )  # fmt: skip
     again = empty_lm()
