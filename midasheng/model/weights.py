@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -503,8 +504,15 @@ def _text_differences(model: AudioLM, source: Source) -> Iterator[tuple[str, obj
     there, here = _changes_results(theirs), _changes_results(ours)
     for name in sorted(there.keys() | here.keys()):
         in_both = name in there and name in here
-        if (in_both or name.startswith("rope_parameters.")) and there.get(name) != here.get(name):
+        if (in_both or name.startswith("rope_parameters.")) and not _equal(there.get(name), here.get(name)):
             yield name, there.get(name), here.get(name), f"model.decoder.fields.{name}"
+
+
+def _equal(theirs: object, ours: object) -> bool:
+    """As float32 they are: a config that was read from one writes 1e-5 as 9.999999747378752e-06."""
+    if isinstance(theirs, float) and isinstance(ours, float):
+        return math.isclose(theirs, ours, rel_tol=1e-6)
+    return theirs == ours
 
 
 def _changes_results(config: Any) -> dict[str, Any]:

@@ -175,6 +175,12 @@ def test_weights_that_fit_and_compute_something_else_are_refused(architecture, f
     load(tiny_lm(architecture), [Start(source, ("audio_encoder.*",))], OTHERS, merge_lora=False)  # not its business
 
 
+def test_a_config_that_was_read_from_float32_is_the_same(tmp_path):
+    lm = tiny_lm(LLAMA, seed=1, rms_norm_eps=1e-5)
+    source = write_released(tmp_path, lm, text_config(lm) | {"rms_norm_eps": float(torch.tensor(1e-5))})
+    load(empty_lm(LLAMA, rms_norm_eps=1e-5), [Start(source, ("*",))], [], merge_lora=False)
+
+
 def test_what_a_config_leaves_out_is_transformers_default(tmp_path):
     """rope_theta 10,000 and eps 1e-6 of Qwen3's config class, if the file does not say."""
     lm = tiny_lm(QWEN3, seed=1, rms_norm_eps=1e-5)
