@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
 from jaxtyping import Float
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from midasheng import frames
 from midasheng.config import UserError
@@ -19,42 +18,25 @@ from midasheng.model.decoder import Decoder
 from midasheng.model.encoder import DashengEncoder, EncoderShape
 from midasheng.model.loss import target_loss
 from midasheng.model.projector import AudioProjector
-from midasheng.sample import Pack
+from midasheng.sample import Pack, counter_seed
 
 PARTS = ("audio_encoder", "audio_projector", "decoder")
 
 
-class _DrawnAndDropped(TorchDispatchMode):
-    """Draws the random numbers of tensors without memory and drops them, one tensor at a time: a fresh part gets the
-    same ones whether the parts before it are fresh or loaded."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default) and args[0].is_meta:
-            func(torch.empty_like(args[0], device="cpu"), *args[1:], **(kwargs or {}))
-        return func(*args, **(kwargs or {}))
-
-
 @contextmanager
-def _without_memory(part: str, loaded: Collection[str]) -> Iterator[None]:
-    """Inside, parameters are on the meta device and buffers are real, if `part` is among `loaded`.
-
-    Buffers must be: no file holds transformers' rotary tables, and on the meta device they would be garbage.
-    """
-    if part not in loaded:
+def _making(part: str, loaded: Collection[str], seed: int) -> Iterator[None]:
+    """Inside, a part draws random numbers of its own, whichever others are loaded; a loaded one has parameters on the
+    meta device and real buffers: no file holds transformers' rotary tables, and on meta they would be garbage."""
+    torch.manual_seed(counter_seed(seed, part) % 2**63)
+    with init_empty_weights(include_buffers=False) if part in loaded else nullcontext():
         yield
-        return
-    with init_empty_weights(include_buffers=False):
-        if set(loaded) == set(PARTS):  # nobody draws afterwards
-            yield
-        else:
-            with _DrawnAndDropped():
-                yield
 
 
 class AudioLM(nn.Module):
     """The released model's three parts under their released names: audio_encoder, audio_projector, decoder.
 
-    `loaded`: parts whose weights come from files: their parameters have no memory until weights.load sets them.
+    `loaded`: parts whose weights come from files: their parameters have no memory until weights.load sets them. The
+    others' random numbers hang on torch's seed.
     `compute_dtype`: autocast dtype of the blocks (None: none); front end, BatchNorm statistics and loss stay float32.
     """
 
@@ -63,12 +45,13 @@ class AudioLM(nn.Module):
         loaded: Collection[str] = (),
     ) -> None:  # fmt: skip
         super().__init__()
-        with _without_memory("audio_encoder", loaded):
+        seed = torch.initial_seed()
+        with _making("audio_encoder", loaded, seed):
             self.audio_encoder = DashengEncoder(encoder)
-        with _without_memory("decoder", loaded):
+        with _making("decoder", loaded, seed):
             self.decoder = Decoder(decoder_architecture, decoder_fields)
         self.decoder.tie()  # what has no memory is copied when it is assigned
-        with _without_memory("audio_projector", loaded):
+        with _making("audio_projector", loaded, seed):
             self.audio_projector = AudioProjector(encoder.dim, self.decoder.config.hidden_size)
         self.compute_dtype: torch.dtype | None = None
 
