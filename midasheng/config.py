@@ -188,6 +188,9 @@ class Hardware:
     )
     attention: str = key(AUTO, "sdpa, varlen (half precision on a GPU), or auto: varlen where it runs", free=True)
     compile: bool = key(False, "torch.compile the blocks of both towers (a GPU; it made CPUs slower)", free=True)
+    liger: bool = key(
+        False, "Liger's fused RMSNorm and SwiGLU in the decoder (GPU; pip install 'midasheng-train[liger]')", free=True
+    )
     threads: int = key(0, "torch CPU threads per process; 0 leaves torch's own choice", free=True)
 
 
@@ -427,6 +430,10 @@ def _check_values(stage: Stage) -> None:
         ("hardware.attention", stage.hardware.attention, (AUTO, *KERNELS)),
     ):
         require(value in allowed, f"{name}: {value!r}; write {', '.join(allowed[:-1])} or {allowed[-1]}")
+    require(
+        not (stage.hardware.liger and stage.hardware.compile),
+        "hardware.liger: compiled blocks fuse their norms themselves; write one of hardware.liger and hardware.compile",
+    )
     kind = stage.batch.kind
     slots, gib = stage.batch.pack_slots, stage.hardware.memory_gib
     good = slots == AUTO or (isinstance(slots, int) and slots > 0)

@@ -24,7 +24,7 @@ from midasheng.data.ledger import Ledger, Skipped, drop_after, trim
 from midasheng.data.loader import first_clips, train_loader
 from midasheng.data.plan import Planner, differences
 from midasheng.data.room import DataRoom, open_data, plan_data
-from midasheng.model import adapt, attention, loss, weights
+from midasheng.model import adapt, attention, kernels, loss, weights
 from midasheng.model.audio_lm import AudioLM
 from midasheng.model.encoder import EncoderShape
 from midasheng.sample import counter_seed
@@ -99,6 +99,8 @@ def build(order: Order, starts: Sequence[weights.Start]) -> tuple[AudioLM, str, 
         carried = sum(weights.carry_lora(model, s.source, plan) for s in whole)
     optim.groups(model.named_parameters(), stage.optim)  # so that a wrong lr_for is an error before anything is written
     model.recompute(stage.hardware.recompute)
+    if stage.hardware.liger:
+        kernels.fuse(model.decoder.model)
     if stage.hardware.compile:
         model.compile_blocks()
     adapt.set_precision(model, stage.run.precision)
@@ -144,10 +146,14 @@ def verified(stage: Stage) -> str:
     """The kernels that will run, held to their plain forms on the device. Raises AssertionError, UserError."""
     attention.ask(stage.hardware.attention)
     device, dtype = memory.device_of(stage), torch.bfloat16 if stage.run.precision == "bf16" else torch.float32
+    d, norms = stage.model.decoder, "plain"
+    if stage.hardware.liger:
+        norms = f"Liger (against the plain ones: {kernels.verify(d.architecture, d.fields, device, dtype):.0e})"
     return (
         f"  attention: {attention.kernel(device.type, dtype)} within segments (verified against a dense mask: "
         f"{attention.verify(device, dtype):.0e}); loss: chunked cross-entropy (against the plain one: "
-        f"{loss.verify(device, dtype):.0e}); blocks {'compiled' if stage.hardware.compile else 'not compiled'}"
+        f"{loss.verify(device, dtype):.0e}); RMSNorm and SwiGLU of the decoder: "
+        f"{norms}; blocks {'compiled' if stage.hardware.compile else 'not compiled'}"
     )
 
 
