@@ -56,6 +56,10 @@ def ignores_segments(q, k, v, segments, *, causal, scale=None):
     return dense_attention(q, k, v, [q.shape[1]], causal=causal, scale=scale)
 
 
+def gives_no_number(q, k, v, segments, *, causal, scale=None):
+    return dense_attention(q, k, v, segments, causal=causal, scale=scale) * float("nan")
+
+
 def ignores_causality(q, k, v, segments, *, causal, scale=None):
     return dense_attention(q, k, v, segments, causal=False, scale=scale)
 
@@ -69,7 +73,9 @@ def mixes_up_heads(q, k, v, segments, *, causal, scale=None):
     return dense_attention(q, k, v, segments, causal=causal, scale=scale)
 
 
-@pytest.mark.parametrize("broken", [ignores_segments, ignores_causality, always_causal, mixes_up_heads])
+@pytest.mark.parametrize(
+    "broken", [ignores_segments, ignores_causality, always_causal, mixes_up_heads, gives_no_number]
+)
 def test_verify_refuses_a_broken_kernel(broken, monkeypatch):
     monkeypatch.setattr(attention, "segment_attention", broken)
     with pytest.raises(AssertionError, match="differs from the dense reference"):
