@@ -74,7 +74,7 @@ finetune: setup  ## DATA (as in prepare, or a folder that it made) -> a tuned mo
 stages:  ## data, then the three stages one after the other, then the curves
 	@[ -z "$(NAME)$(CONFIG)$(FROM)" ] || { echo "error: NAME, CONFIG and FROM belong to one stage: make stage1 NAME=..."; exit 2; }
 	@echo "Three stages at SCALE=$(SCALE), from data to curves; each ends by saying whether it listens. Runs: $(RUNS)/$(SCALE)."
-	@[ -z "$(SMALL)" ] || echo "About $(if $(filter small,$(SCALE)),3 hours,15 minutes) on two cores, set-up and data included."
+	@[ -z "$(SMALL)" ] || echo "About $(if $(filter small,$(SCALE)),3 hours (extrapolated; never yet run whole),15 minutes) on two cores, set-up and data included."
 	@echo "Ctrl-C stops; the same command goes on where it stopped."
 	@for verb in $(if $(SMALL),data) stage1 stage2 stage3 curves; do $(MAKE) --no-print-directory $$verb || exit $$?; done
 	@echo "answers in words: $(RUNS)/$(SCALE)/stage3_sft/answers.jsonl"

@@ -40,11 +40,6 @@ Clip: TypeAlias = "str | Path | NDArray[Any] | torch.Tensor | tuple[NDArray[Any]
 Audio: TypeAlias = "Clip | Sequence[Clip] | None"
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 FULL_SCALE = 100.0  # of an array that was scaled to integers; a clipped recording goes little beyond 1
-FRONT_END = {
-    "n_fft": frames.N_FFT, "win_length": frames.N_FFT, "hop_length": frames.HOP, "n_mels": frames.N_MELS, "f_min": 0,
-    "f_max": 8000, "center": True, "sample_rate": frames.SAMPLE_RATE, "target_length": frames.CHUNK * frames.PATCH,
-    "input_channels": 1, "patch_size": [frames.N_MELS, frames.PATCH], "patch_stride": [frames.N_MELS, frames.PATCH],
-}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -326,11 +321,6 @@ def _config(folder: Path) -> dict[str, Any]:
         for name in names:
             if name not in place:
                 raise UserError(f"{file}: {part}{'.' if part else ''}{name} is missing; it needs the published form")
-    for name, value in config["audio_encoder_config"].items():
-        if name in FRONT_END and value != FRONT_END[name]:
-            raise UserError(f"{file}: audio_encoder_config.{name} is {value}; here it is {FRONT_END[name]}, always")
-    if config.get("subsample_factor", frames.STACK) != frames.STACK:
-        raise UserError(f"{file}: subsample_factor is {config['subsample_factor']}; here it is {frames.STACK}, always")
     return config
 
 
