@@ -117,7 +117,7 @@ bench: setup  ## ratios of one run: reading and preparing real audio against bar
 	@HF_HUB_OFFLINE=1 KINETO_LOG_LEVEL=99 $(PY) -m benchmarks.compute
 	@[ ! -d runs/mini/stage1_align ] || HF_HUB_OFFLINE=1 $(PY) -m benchmarks.loop
 
-test: setup  ## all tests, with the three stages in short on recordings and on generated sounds
+test: setup  ## the tests, with the three stages in short on recordings (slow ones: pytest -m slow, as .ci/run)
 	@$(PY) -m stages.data --out data/generated --generated
 	@if command -v apt-get >/dev/null; then $(PY) -m stages.data --out data/mini; \
 	  else echo "*** no apt-get: what needs recordings is skipped"; fi

@@ -35,7 +35,11 @@ def needs_data(scale: str) -> None:
     assert (ROOT / "data" / scale / "prepared.json").is_file(), f"no data/{scale} yet; `make test` prepares it"
 
 
-@pytest.mark.parametrize("scale", ["mini", "generated"])
+# once is enough for `make test`
+ONCE = pytest.param("generated", marks=[pytest.mark.slow] if shutil.which("apt-get") else [])
+
+
+@pytest.mark.parametrize("scale", ["mini", ONCE])
 def test_three_stages_on_real_data_in_short(tmp_path, monkeypatch, scale):
     """Each stage learns in a few steps from what the one before handed over, and says whether it listens."""
     needs_data(scale)

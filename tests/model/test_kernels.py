@@ -24,6 +24,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @NEEDED
+@pytest.mark.slow
 def test_the_real_kernels_on_a_cpu():
     """TRITON_INTERPRET counts when Triton is imported: a process of its own."""
     tests = ROOT / "tests/model/interpreted_kernels.py"
