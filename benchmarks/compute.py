@@ -34,6 +34,7 @@ from benchmarks.layouts import Padded, collate
 from benchmarks.record import record
 from midasheng import config, frames
 from midasheng.config import Stage
+from midasheng.data.loader import keep_freed_memory
 from midasheng.model import adapt
 from midasheng.model.audio_lm import AudioLM
 from midasheng.model.encoder import EncoderShape
@@ -346,6 +347,7 @@ def main() -> None:
     """Measure, print, write."""
     rounds = int(sys.argv[1]) if len(sys.argv) > 1 else 3
     torch.set_num_threads(1)
+    keep_freed_memory()  # as in training
     stages = {name: config.load(Path(f"configs/{name}.yaml"), "mini", []).stage for name in STAGES}
     samples = layouts.draw(CLIPS, VOCABULARY, seed=0)
     lengths_s = [frames.seconds(len(s.clips[0])) for s in samples]

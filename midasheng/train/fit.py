@@ -21,7 +21,7 @@ from midasheng import __version__, config
 from midasheng.config import ConfigError, Stage, UserError
 from midasheng.data.index import CorpusIndex
 from midasheng.data.ledger import Ledger, Skipped, drop_after, trim
-from midasheng.data.loader import first_clips, train_loader
+from midasheng.data.loader import first_clips, keep_freed_memory, train_loader
 from midasheng.data.plan import Planner, differences
 from midasheng.data.room import DataRoom, open_data, plan_data
 from midasheng.model import adapt, attention, kernels, loss, weights
@@ -186,6 +186,7 @@ def fit(order: Order) -> None:
     kernels = verified(order.stage)  # first: memory is measured with them
     if order.stage.hardware.threads:
         torch.set_num_threads(order.stage.hardware.threads)
+    keep_freed_memory()  # what a step computes is as large as what the last one freed
     starts = open_starts(order)  # before data: an index of many shards takes long
     sources = open_data(order.stage, make=first)
     for start in starts:
