@@ -121,7 +121,8 @@ test: setup  ## the tests, with the three stages in short on recordings (slow on
 	@$(PY) -m stages.data --out data/generated --generated
 	@if command -v apt-get >/dev/null; then $(PY) -m stages.data --out data/mini; \
 	  else echo "*** no apt-get: what needs recordings is skipped"; fi
-	@HF_HUB_OFFLINE=1 $(PY) -m pytest -m "not slow"
+	@# a file's tests stay in one process: they share what they set up
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n logical --maxprocesses 4 --dist loadfile
 
 lint: setup  ## ruff, mypy, and the doors between the rooms
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/lint-imports

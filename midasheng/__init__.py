@@ -14,8 +14,9 @@ __version__ = "0.1.0"
 def load(path: str | Path, device: str = "auto", dtype: str = "auto") -> Listener:
     """A trained model that answers questions about audio; see midasheng/inference.py.
 
-    `path`: a run folder, its weights/, or a folder in the published layout. `device`: auto (a GPU where there is one),
-    cpu, cuda, cuda:1, ...; `dtype`: auto (bfloat16 on a GPU, else float32), float32 or bfloat16. Raises UserError.
+    `path`: a run folder, its weights/, a folder in the published layout, or a hub id. `device`: auto (a GPU where there
+    is one), cpu, cuda, cuda:1, ...; `dtype`: auto (bfloat16 on a GPU, else float32), float32 or bfloat16. Raises
+    UserError.
     """
     from midasheng import inference
 

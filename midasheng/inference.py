@@ -35,6 +35,7 @@ from midasheng.model.audio_lm import PARTS, AudioLM  # noqa: E402
 from midasheng.model.decoder import text_fields  # noqa: E402
 from midasheng.model.encoder import EncoderShape  # noqa: E402
 from midasheng.model.generate import Sampling, generate, steps  # noqa: E402
+from midasheng.model.sources import Source, open_source  # noqa: E402
 
 Clip: TypeAlias = "str | Path | NDArray[Any] | torch.Tensor | tuple[NDArray[Any] | torch.Tensor, int]"
 Audio: TypeAlias = "Clip | Sequence[Clip] | None"
@@ -270,11 +271,12 @@ def load(path: str | Path, device: str = "auto", dtype: str = "auto") -> Listene
     dtype = str(dtype).removeprefix("torch.")
     if dtype not in DTYPES:
         raise UserError(f"dtype={dtype}: write {' or '.join(DTYPES)}, or auto")
-    folder = _weights_folder(Path(path))
-    config = _config(folder)
-    chat = _chat(folder, config)
     try:
-        source = _adapted(weights.open_source(str(folder)), folder)
+        source = open_source(str(path), _instead(Path(path)))
+        folder = Path(source.where)
+        config = _config(folder)
+        chat = _chat(folder, config)
+        source = _adapted(source, folder)
         lm = _lm(config, folder)
         weights.load(lm, [weights.Start(source, ("*",))], [], merge_lora=True, precision=DTYPES[dtype])
     except UserError as error:
@@ -293,15 +295,9 @@ def _device(name: str) -> torch.device:
     return device
 
 
-def _weights_folder(path: Path) -> Path:
-    if not path.is_dir():
-        there = sorted(p.name for p in path.parent.glob("*/")) if path.parent.is_dir() else []
-        raise UserError(f"{path}: no such folder ({path.parent} holds {', '.join(there) or 'none'})")
-    if (path / "weights").is_dir():
-        return path / "weights"
-    if (path / "config.yaml").is_file():
-        raise UserError(f"the run {path} is not finished (it has no weights/ yet); finish it first")
-    return path
+def _instead(path: Path) -> str:
+    there = sorted(p.name for p in path.parent.glob("*/")) if path.parent.is_dir() else []
+    return f"a run folder, its weights/, an export, or a hub id ({path.parent} holds {', '.join(there) or 'none'})"
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -344,7 +340,7 @@ def _chat(folder: Path, config: Mapping[str, Any]) -> Chat:
         transformers_logging.set_verbosity(level)
 
 
-def _adapted(source: weights.Source, folder: Path) -> weights.Source:
+def _adapted(source: Source, folder: Path) -> Source:
     """With the LoRA that lies in adapter/ beside weights that are not handed off by a stage."""
     adapter = folder / "adapter"
     if source.lora_plan is None and adapter.is_dir():

@@ -46,10 +46,13 @@ def text_weights(out: Path) -> None:
 
     start_s, was_finished = time.monotonic(), smollm2.finished(out)
     smollm2.prepare(out, out.parent / "downloads")
+    print(_done(out, was_finished, start_s))
+
+
+def _done(out: Path, was_finished: bool, start_s: float) -> str:
     if was_finished:
-        print(f"{out} was complete already (delete {out / FINISHED} to make it anew)")
-    else:
-        print(f"made {out} in {time.monotonic() - start_s:.0f} s; licences in {out / 'LICENCES'}")
+        return f"{out} was complete already (delete {out / FINISHED} to make it anew)"
+    return f"made {out} in {time.monotonic() - start_s:.0f} s; licences in {out / 'LICENCES'}"
 
 
 def main() -> int:
@@ -72,10 +75,7 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(summary.table() + (GENERATED if args.generated else ""))
-    if was_finished:
-        print(f"{args.out} was complete already (delete {args.out / FINISHED} to make it anew)")
-    else:
-        print(f"made {args.out} in {time.monotonic() - start_s:.0f} s; licences in {args.out / 'LICENCES'}")
+    print(_done(args.out, was_finished, start_s))
     return 0
 
 

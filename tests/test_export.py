@@ -21,13 +21,14 @@ from midasheng import config, frames
 from midasheng.config import Stage
 from midasheng.data import trials as trials_room
 from midasheng.data.chat import Chat
-from midasheng.model import adapt, certificate, export, weights
+from midasheng.model import adapt, certificate, export, sources, weights
 from midasheng.model.adapt import LoraPlan, base_state
 from midasheng.model.certificate import ExportError, Trial, compare, demand, listen, published_tokens
 from midasheng.model.export import Asked, content_sha256, lineage, serves
 from midasheng.model.remote import configuration_midashenglm as travelling
 from midasheng.model.remote import reload as reload_script
-from midasheng.model.weights import Start, open_source
+from midasheng.model.sources import open_source
+from midasheng.model.weights import Start
 from tests.conftest import order_for
 from tests.model import FIELDS, LLAMA, OMNI, QWEN3, TINY, at_scale, tiny_lm
 
@@ -51,7 +52,7 @@ def finished_run(run: Path, chat: Chat, architecture: str = OMNI, *, lora: bool 
     """A run folder with weights/ as a stage leaves it; its LoRA has learned something."""
     fields = FIELDS[architecture] | {"vocab_size": len(chat.tokenizer)} | fields
     lm = tiny_lm(architecture, **fields)
-    start = weights.part_digests(base_state(lm)) | {"audio_encoder": "0", "audio_projector": "0"}
+    start = sources.part_digests(base_state(lm)) | {"audio_encoder": "0", "audio_projector": "0"}
     stage = stage_of(architecture, fields, lora)
     adapt.freeze_all_but(lm, stage.train)
     if lora:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import soundfile
@@ -204,22 +205,39 @@ def test_a_config_that_describes_another_model_is_refused(values, message, run, 
 
 
 def test_folders_that_are_no_model_are_refused_by_name(run, tmp_path):
-    with pytest.raises(UserError, match=r"stage9: no such folder \(.* holds none\)"):
+    with pytest.raises(
+        UserError, match=r"^.*stage9 does not exist; write a run folder, .* or a hub id \(.* holds none\)"
+    ):
         midasheng.load(tmp_path / "stage9")
     (tmp_path / "begun").mkdir()
-    with pytest.raises(UserError, match=r"begun holds no config.json \(but nothing\)"):
+    with pytest.raises(UserError, match=r"^.*begun holds neither stage.json nor model\*.safetensors"):
         midasheng.load(tmp_path / "begun")
     (tmp_path / "begun" / "config.yaml").touch()
     with pytest.raises(UserError, match=r"the run .*begun is not finished"):
         midasheng.load(tmp_path / "begun")
     shutil.copytree(run / "weights", tmp_path / "deaf")
-    (tmp_path / "deaf" / "tokenizer.json").unlink()
+    for name in ("tokenizer.json", "stage.json"):
+        (tmp_path / "deaf" / name).unlink()
     with pytest.raises(UserError, match=r"deaf holds no tokenizer.json; put the model's tokenizer there"):
         midasheng.load(tmp_path / "deaf")
     shutil.copytree(run / "weights", tmp_path / "cut")
     (tmp_path / "cut" / "model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match=r"^.*cut/model.safetensors is not the file that stage.json describes"):
         midasheng.load(tmp_path / "cut")
+
+
+def test_a_hub_id_is_loaded_from_the_cache(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    cached = tmp_path / "models--acme--hears" / "snapshots" / ("0" * 40)
+    shutil.copytree(run / "weights", cached)
+    (cached / "stage.json").unlink()  # the hub's copy is no hand-off of ours
+    (cached.parent.parent / "refs").mkdir()
+    (cached.parent.parent / "refs" / "main").write_text("0" * 40)
+    (asked,) = midasheng.load("acme/hears").generate([None], ["Hello?"], max_new_tokens=4)
+    (wanted,) = midasheng.load(run).generate([None], ["Hello?"], max_new_tokens=4)
+    assert asked.text == wanted.text
+    with pytest.raises(UserError, match=r"^acme/deaf is no folder here, and the hub does not give it; write a run"):
+        midasheng.load("acme/deaf")
 
 
 def test_code_in_a_folder_is_never_run(run, tmp_path):

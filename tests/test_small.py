@@ -11,7 +11,7 @@ from midasheng import config
 from midasheng.config import Stage
 from midasheng.data.room import open_chat
 from midasheng.model.decoder import Decoder
-from midasheng.model.weights import open_source
+from midasheng.model.sources import open_source
 from midasheng.sample import Turn
 from tests.conftest import CONFIGS
 

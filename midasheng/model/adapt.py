@@ -51,14 +51,15 @@ class Learns:
     trained: int
     frozen: int
 
-    def table(self) -> str:
-        """The table as text."""
-        head = f"{'what learns':34}{'modules':>8}{'tensors':>8}{'parameters':>15}{'expected':>15}{'8-bit states':>14}"
+    def table(self, eight_bit: bool = True) -> str:
+        """The table as text. `eight_bit`: does the optimizer keep 8-bit states?"""
+        head = f"{'what learns':34}{'modules':>8}{'tensors':>8}{'parameters':>15}{'expected':>15}"
         rows = [
             f"{line.pattern:34}{line.modules:8}{line.tensors:8}{line.parameters:15,}"
-            f"{'-' if line.expected is None else f'{line.expected:,}':>15}{line.eight_bit:14}"
+            f"{'-' if line.expected is None else f'{line.expected:,}':>15}" + eight_bit * f"{line.eight_bit:14}"
             for line in self.lines
         ]
+        head += eight_bit * f"{'8-bit states':>14}"
         total = self.trained + self.frozen
         return "\n".join([head, *rows, f"trained {self.trained:,} of {total:,} parameters; frozen {self.frozen:,}"])
 

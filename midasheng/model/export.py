@@ -28,16 +28,8 @@ from midasheng.model.adapt import base_state
 from midasheng.model.audio_lm import PARTS, AudioLM
 from midasheng.model.certificate import ExportError, Trial, check_inputs, compare, demand, listen, reload
 from midasheng.model.encoder import EncoderShape
-from midasheng.model.weights import (
-    Source,
-    Start,
-    carry_lora,
-    load,
-    open_source,
-    part_digests,
-    released_config,
-    sha256_file,
-)
+from midasheng.model.sources import Source, open_source, part_digests, sha256_file
+from midasheng.model.weights import Start, carry_lora, load, released_config
 
 REMOTE = Path(__file__).parent / "remote"
 FORMATS = ("hf", "base", "adapter")

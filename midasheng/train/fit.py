@@ -27,6 +27,7 @@ from midasheng.data.room import DataRoom, open_data, plan_data
 from midasheng.model import adapt, attention, kernels, loss, weights
 from midasheng.model.audio_lm import AudioLM
 from midasheng.model.encoder import EncoderShape
+from midasheng.model.sources import WeightsError, check_learned, check_stage, open_source, part_digests
 from midasheng.sample import counter_seed
 from midasheng.train import memory, optim
 from midasheng.train.listening import ListeningTest
@@ -60,17 +61,17 @@ def open_starts(order: Order) -> list[weights.Start]:
             if not folder.is_dir():
                 first = MAKE_TARGET.get(origin, f"the stage {origin}")
                 there = ", ".join(sorted(p.name for p in folder.parent.glob("*/"))) or "none"
-                raise weights.WeightsError(
+                raise WeightsError(
                     f"start: there is no run {folder}; run `{first}` first, or say FROM=NAME (runs there: {there})"
                 )
-            source = weights.open_source(str(folder))
-            weights.check_stage(source, origin)
+            source = open_source(str(folder))
+            check_stage(source, origin)
         else:
             if not Path(origin).exists() and "text_decoder" in origin:
-                raise weights.WeightsError(f"start: {origin} does not exist; run `make data` first")
+                raise WeightsError(f"start: {origin} does not exist; run `make data` first")
             named = [f"weights.{n}=PATH" for n in ("encoder", "decoder") if getattr(order.stage.weights, n) == origin]
-            source = weights.open_source(origin, " ".join(named) or "another `from` in start")
-        weights.check_learned(source, take)
+            source = open_source(origin, " ".join(named) or "another `from` in start")
+        check_learned(source, take)
         starts.append(weights.Start(source, take))
     if order.start_from and not any(names_stage(str(e["from"])) for e in order.stage.start):
         raise ConfigError(f"FROM={order.start_from}: this stage starts from no other stage")
@@ -106,7 +107,7 @@ def build(order: Order, starts: Sequence[weights.Start]) -> tuple[AudioLM, str, 
     adapt.set_precision(model, stage.run.precision)
     empty = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
     assert not empty, f"{len(empty)} tensors have no memory, the first {empty[0]}"
-    table = adapt.learns(model, stage.train, adapted, stage.lora.rank).table()
+    table = adapt.learns(model, stage.train, adapted, stage.lora.rank).table(stage.optim.name == "adamw8bit")
     lines = [f"{'origin':34}{'part':>18}{'tensors':>8}"] + [f"{o:34}{p:>18}{n:8}" for o, p, n in origins]
     lines += [f"{s.source.where}: {s.source.note}" for s in starts if s.source.note]
     if carried:
@@ -233,7 +234,7 @@ def train(
     module = StageModule(
         model, stage, data.course, [c.card.name for c in data.corpora],
         ListeningTest(data.held_out, folder, stage.data.answers), folder,
-        weights.part_digests(adapt.base_state(model)), stop,
+        part_digests(adapt.base_state(model)), stop,
     )  # fmt: skip
     trainer = L.Trainer(
         accelerator=hardware.accelerator, devices=hardware.devices, num_nodes=hardware.nodes,

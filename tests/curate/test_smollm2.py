@@ -15,7 +15,8 @@ from midasheng.config import UserError
 from midasheng.curate import smollm2
 from midasheng.data.chat import Chat
 from midasheng.model.audio_lm import AudioLM
-from midasheng.model.weights import Start, load, open_source
+from midasheng.model.sources import open_source
+from midasheng.model.weights import Start, load
 from midasheng.sample import Turn
 from stages import data
 from tests.model import TINY

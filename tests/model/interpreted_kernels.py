@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from triton.runtime import interpreter
 
 from midasheng import config
-from midasheng.model import adapt, kernels, weights
+from midasheng.model import adapt, kernels, sources
 from midasheng.train import fit
 from tests.model import CONFIGS, FIELDS, LLAMA, OMNI, QWEN3, conversation, gradients, packed, tiny_lm
 
@@ -110,7 +110,7 @@ def test_names_and_tensors_stay_as_they_are():
     assert list(fused.state_dict()) == list(plain.state_dict())
     assert [n for n, _ in fused.named_modules()] == [n for n, _ in plain.named_modules()]
     for state in (adapt.base_state, adapt.lora_state):
-        assert weights.part_digests(state(fused)) == weights.part_digests(state(plain))
+        assert sources.part_digests(state(fused)) == sources.part_digests(state(plain))
 
 
 @FAMILIES

@@ -12,10 +12,11 @@ from huggingface_hub import save_torch_state_dict
 from safetensors.torch import save_file
 from torch import Tensor
 
-from midasheng.model import adapt, weights
+from midasheng.model import adapt, sources, weights
 from midasheng.model.adapt import LoraPlan, base_state
 from midasheng.model.audio_lm import AudioLM
-from midasheng.model.weights import Source, Start, WeightsError, load, loaded_parts, open_source
+from midasheng.model.sources import Source, WeightsError, open_source
+from midasheng.model.weights import Start, load, loaded_parts
 from tests.model import (
     CONFIGS,
     FIELDS,
@@ -357,7 +358,7 @@ def test_a_release_goes_in_learns_goes_out_and_comes_back(dtype, shards, tmp_pat
     lm = empty_lm()
     adapt.freeze_all_but(lm, ["audio_encoder.*", "audio_projector.*"])
     release = open_source(str(tmp_path / "release"))
-    start = weights.part_digests({n: release.read(n) for n in release.shapes})
+    start = sources.part_digests({n: release.read(n) for n in release.shapes})
     load(lm, [Start(release, ("*",))], [], merge_lora=False)
     for name, tensor in base_state(lm).items():
         assert torch.equal(tensor, state[name].to(tensor.dtype)), name

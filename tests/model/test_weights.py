@@ -12,10 +12,11 @@ from peft import PeftModel
 from safetensors.torch import save_file
 from torch import Tensor
 
-from midasheng.model import adapt, weights
+from midasheng.model import adapt, sources, weights
 from midasheng.model.adapt import LoraPlan, base_state, lora_state
 from midasheng.model.audio_lm import AudioLM
-from midasheng.model.weights import Source, Start, WeightsError, carry_lora, load, open_source
+from midasheng.model.sources import Source, WeightsError, open_source
+from midasheng.model.weights import Start, carry_lora, load
 from tests.model import (
     FIELDS,
     OMNI,
@@ -412,7 +413,7 @@ def hand_off(
     weights.hand_off(
         lm, folder, {"stage": "stage1_align"}, plan, audio_ids={"audio_token_id": 1, "audio_bos_token_id": 2, "audio_eos_token_id": 3},
         save_tokenizer=save_tokenizer,
-        start_digests=weights.part_digests(base_state(start or tiny_lm(seed=77))),
+        start_digests=sources.part_digests(base_state(start or tiny_lm(seed=77))),
     )  # fmt: skip
     return folder
 
@@ -475,11 +476,11 @@ def test_files_that_are_not_those_of_the_stage_are_refused(trick: Callable[[Path
 
 def test_weights_of_another_stage_are_refused(tmp_path):
     source = open_source(str(hand_off(tmp_path / "weights", tiny_lm())))
-    weights.check_stage(source, "stage1_align")
+    sources.check_stage(source, "stage1_align")
     with pytest.raises(WeightsError, match="of stage stage1_align, but `stage2_pretrain` is asked for"):
-        weights.check_stage(source, "stage2_pretrain")
+        sources.check_stage(source, "stage2_pretrain")
     with pytest.raises(WeightsError, match="unknown"):
-        weights.check_stage(held(base_state(tiny_lm())), "stage1_align")
+        sources.check_stage(held(base_state(tiny_lm())), "stage1_align")
 
 
 def test_a_part_that_was_trained_but_is_what_it_started_from_is_refused(tmp_path):
@@ -489,11 +490,11 @@ def test_a_part_that_was_trained_but_is_what_it_started_from_is_refused(tmp_path
         hand_off(tmp_path / "weights", lm, start=start)
     lm.audio_encoder.requires_grad_(False)
     source = open_source(str(hand_off(tmp_path / "weights", lm, start=start)))
-    weights.check_learned(source, ["*"])  # it was frozen
+    sources.check_learned(source, ["*"])  # it was frozen
     source.record["parts"]["audio_encoder"]["trained"] = True  # as if weights/ had been put together by hand
-    weights.check_learned(source, ["decoder.*"])
+    sources.check_learned(source, ["decoder.*"])
     with pytest.raises(WeightsError, match="audio_encoder is identical to what stage stage1_align started from"):
-        weights.check_learned(source, ["audio_encoder.*"])
+        sources.check_learned(source, ["audio_encoder.*"])
 
 
 def fails(folder: Path) -> None:
