@@ -37,7 +37,8 @@ class Segments(Sequence[int]):
     ) -> None:  # fmt: skip
         self.lengths, self.bounds = tuple(lengths), bounds_S
         self.lines = lineages(parents) if max(parents, default=-1) >= 0 else []
-        assert not self.lines or len(self.lines) == len(self.lengths), f"{len(self.lines)} parents for {self.lengths}"
+        many = len(self.lengths)
+        assert len(self.lines) in (0, many), f"{len(self.lines)} parents for {many} segments"
         self.seen_A, self.seen_bounds = seen_A, seen_bounds
         self._triangle: Tensor | None = None
 
@@ -47,17 +48,17 @@ class Segments(Sequence[int]):
     def __getitem__(self, number: Any) -> Any:
         return self.lengths[number]
 
-    def most_seen(self) -> int:
-        """The most slots that a segment sees: its ancestors' and its own."""
-        return max(sum(self.lengths[one] for one in line) for line in self.lines)
+    def seen(self) -> list[int]:
+        """How many slots each segment sees: its ancestors' and its own."""
+        return [sum(self.lengths[one] for one in line) for line in self.lines]
 
-    def causal_mask(self, own: int, seen: int, device: torch.device) -> Tensor:
-        """bool (own, seen): a segment's own slots are the last of those that it sees, and see none behind themselves.
-        A view of one triangle, which all segments and layers of the pack share."""
+    def causal_mask(self, own: int, rows: int, device: torch.device) -> Tensor:
+        """bool (own, rows): a segment's own slots are the last of the `rows` that it sees, and see none behind
+        themselves. A view of one triangle, which all segments and layers of the pack share."""
         if self._triangle is None or self._triangle.device != device:
-            most = self.most_seen()
+            most = max(n for n, line in zip(self.seen(), self.lines, strict=True) if len(line) > 1)
             self._triangle = torch.ones(most, most, dtype=torch.bool, device=device).tril()
-        return self._triangle[seen - own : seen, :seen]
+        return self._triangle[rows - own : rows, :rows]
 
 
 _asked = [AUTO]  # one choice for a process: transformers calls the function below with no room for another argument
@@ -101,7 +102,7 @@ def segment_attention(
             assert segments.seen_A is not None
             assert segments.seen_bounds is not None
             k, v = (t.index_select(0, segments.seen_A) for t in (k, v))
-            seen_bounds, most_seen = segments.seen_bounds, segments.most_seen()
+            seen_bounds, most_seen = segments.seen_bounds, max(segments.seen())
         q, k, v = (t.to(dtype) for t in (q, k, v))  # rotary positions may have made q, k float32
         out = varlen_attn(
             q, k, v, segments.bounds, seen_bounds, longest, most_seen, scale=scale, window_size=window,
