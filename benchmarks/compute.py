@@ -8,6 +8,10 @@ padded to 30 s: batches of 16, with as many audio slots. random 16: padded to th
 public fine-tuning tools run; the reference. buckets: by length, batches of 8, the longest in batches of 4. packed: our
 rows. limit: a clip in a batch of 16 of itself, a 16th of the time, with our head; nothing padded, nothing packed.
 roofline: the step's useful FLOPs at the rate of bare matrix products of the model's own sizes.
+
+shared 4, 14, 22: packed, and so many of the slots that all samples begin with (a text-first prompt of 22) computed once
+a pack. Five questions per audio: encoder and decoder in the proportion of the 0.6B scale, each question with a clip of
+its own against one clip and one prompt for all five.
 """
 
 from __future__ import annotations
@@ -46,6 +50,10 @@ from midasheng.train.optim import clip, optimizer
 CLIPS, BATCH, COPIED = 64, 16, 4
 PACKED, THIRTY, REFERENCE, LIMIT, ROOFLINE = "packed", "padded to 30 s", f"random {BATCH}", "limit", "roofline"
 WIDTH, DEPTH, FFN, VOCABULARY = 256, 6, 1376, 4096  # the head is 14 % of the decoder; 8 % in the 7B, 11 % in the 3B
+LEADS, QUESTIONS, ASKED, TEMPLATE = (4, 14, 22), 5, 16, 5  # clips that are asked about; slots before their audio
+# Dasheng-0.6B's 630 M parameters on Qwen3-0.6B's 440 M without embeddings, ffn three times the width; its head is
+# 35 % of its blocks, as here
+ENCODER_DEPTH, DECODER_DEPTH, ASKED_FFN, ASKED_VOCABULARY, PROPORTION = 10, 7, 768, 7552, 630 / 440
 STAGES = ("stage2_pretrain", "stage1_align", "stage3_sft")
 HEAD_VOCABULARY, HEAD_SLOTS, ANSWERED, PACK_SLOTS = 151_936, 2048, 0.36, 8192
 MEMORY_SLOTS, SWEEP_SLOTS = (2048, 4096, 8192, 16384), (512, 1024, 2048, 4096, 8192)
@@ -60,11 +68,15 @@ class Pass:
     weight: float = 1.0
 
 
-def model(stage: Stage, depth: int = DEPTH) -> AudioLM:
-    """Random weights; frozen and adapted as the stage file says, but without dropout, so that layouts can be equal."""
+def model(
+    stage: Stage, depth: int = DEPTH, layers: int | None = None, ffn: int = FFN, vocabulary: int = VOCABULARY
+) -> AudioLM:
+    """`depth` blocks in the encoder, `layers` (as many) in the decoder. Random weights; frozen and adapted as the stage
+    file says, but without dropout, so that layouts can be equal.
+    """
     torch.manual_seed(0)
     fields = {
-        "vocab_size": VOCABULARY, "hidden_size": WIDTH, "intermediate_size": FFN, "num_hidden_layers": depth,
+        "vocab_size": vocabulary, "hidden_size": WIDTH, "intermediate_size": ffn, "num_hidden_layers": layers or depth,
         "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 4096,
         "rope_parameters": {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [8, 12, 12]},
         "tie_word_embeddings": False,
@@ -80,9 +92,16 @@ def model(stage: Stage, depth: int = DEPTH) -> AudioLM:
     return lm
 
 
-def row(samples: Sequence[Sample]) -> Pack:
-    """One pack; its slots rounded up, as fixed shapes leave some."""
-    return pack(list(samples), -(-sum(len(s.ids) for s in samples) // 64) * 64, layouts.PAD)
+def row(samples: Sequence[Sample], lead: int = 0) -> Pack:
+    """One pack, the first `lead` slots of all samples once; its slots rounded up, as fixed shapes leave some."""
+    deaf = [replace(s, clips=()) for s in samples]
+    loose = pack(deaf, sum(len(s.ids) for s in samples), layouts.PAD, lead=lead)
+    return pack(list(samples), -(-sum(loose.real) // 64) * 64, layouts.PAD, lead=lead)
+
+
+def shared(lead: int) -> str:
+    """Name of the layout."""
+    return f"{PACKED}, shared {lead}"
 
 
 def passes(
@@ -124,14 +143,15 @@ def encoder_passes(lm: AudioLM, samples: Sequence[Sample]) -> dict[str, list[Pas
     return passes(samples, lambda one: cost(lm).of(one)["encoder"], packed, padded)
 
 
-def step_passes(lm: AudioLM, samples: Sequence[Sample]) -> dict[str, list[Pass]]:
-    """Of the whole model."""
+def step_passes(lm: AudioLM, samples: Sequence[Sample], leads: Sequence[int] = ()) -> dict[str, list[Pass]]:
+    """Of the whole model; also packed with so many leading slots once."""
 
     def padded(batch: Padded, full_logits: bool) -> Tensor:
         with layouts.stock_attention(lm):
             return layouts.loss(lm, batch, full_logits)
 
-    return passes(samples, lambda one: sum(cost(lm).of(one).values()), lm, padded)
+    ways = passes(samples, lambda one: sum(cost(lm).of(one).values()), lm, padded)
+    return ways | {shared(lead): [Pass(partial(lm, row(samples, lead)), range(len(samples)))] for lead in leads}
 
 
 def roofline(lm: AudioLM, one: Pack, parts: Sequence[str]) -> float:
@@ -158,6 +178,17 @@ def roofline(lm: AudioLM, one: Pack, parts: Sequence[str]) -> float:
         took += best * shapes.count((n, wide, out))
         flops += 6.0 * n * wide * out * shapes.count((n, wide, out))
     return sum(cost(lm).of(one)[part] for part in parts) * took / flops
+
+
+def updating(lm: AudioLM, stage: Stage) -> Callable[[], None]:
+    """The stage's update of the weights, at a rate of 0."""
+    adam = optimizer(lm.named_parameters(), replace(stage.optim, lr=0.0, lr_for={}))
+
+    def update() -> None:
+        clip(lm.parameters(), stage.optim.clip_norm)
+        adam.step()
+
+    return update
 
 
 def compare(
@@ -210,6 +241,34 @@ def table(title: str, took: dict[str, list[float]]) -> dict[str, dict[str, float
             f"{least[ROOFLINE]:11.2f}"
         )
     return rows
+
+
+def five_questions(stage: Stage, rounds: int) -> dict[str, Any]:
+    """The same conversations with a clip each and with one clip and prompt for five."""
+    lm = model(stage, ENCODER_DEPTH, DECODER_DEPTH, ASKED_FFN, ASKED_VOCABULARY)
+    encoder, decoder = (
+        sum(p.numel() for n, p in part.named_parameters() if "lora_" not in n and "embed" not in n)
+        for part in (lm.audio_encoder, lm.decoder.model)
+    )
+    assert abs(encoder / decoder / PROPORTION - 1) < 0.1, f"encoder / decoder {encoder / decoder}, not {PROPORTION}"
+    runs = layouts.draw(ASKED, ASKED_VOCABULARY, seed=4, before=TEMPLATE, questions=QUESTIONS)
+    apart = [replace(s, clips=runs[n // QUESTIONS * QUESTIONS].clips, common=0) for n, s in enumerate(runs)]
+    together = row(runs, TEMPLATE)
+    ways = {
+        PACKED: [Pass(partial(lm, row(apart)), range(len(runs)))],
+        "shared": [Pass(partial(lm, together), range(len(runs)))],
+    }
+    took = compare(lm, ways, lambda: 0.0, updating(lm, stage), rounds)
+    faster = min(took[PACKED]) / min(took["shared"])
+    shapes = (
+        f"{ASKED} clips, {len(runs)} conversations; encoder {ENCODER_DEPTH} x {WIDTH} ({encoder / 1e6:.2f} M), decoder "
+        f"{DECODER_DEPTH} x {WIDTH}, ffn {ASKED_FFN} ({decoder / 1e6:.2f} M without embeddings), proportion "
+        f"{encoder / decoder:.2f} (0.6b: {PROPORTION:.2f}), vocabulary {ASKED_VOCABULARY}; slots "
+        f"{sum(row(apart).real)} and {sum(together.real)}, frames {sum(row(apart).chunks)} and {sum(together.chunks)}"
+    )
+    print(f"\nfive questions per audio: {shapes}")
+    print(f"  a clip for each {min(took[PACKED]):.2f} s, shared {min(took['shared']):.2f} s: {faster:.2f} x as fast")
+    return {"shapes": shapes, "apart": took[PACKED], "shared": took["shared"], "faster": faster}
 
 
 def allocated(work: Callable[[], object]) -> int:
@@ -331,11 +390,13 @@ def sweep(stage: Stage) -> dict[str, Any]:
     return {"slots": SWEEP_SLOTS, "clips_per_second": rate}
 
 
-def reached(step: dict[str, dict[str, float]], head: dict[str, float]) -> None:
+def reached(step: dict[str, dict[str, float]], head: dict[str, float], faster: float) -> None:
     """Print the aims of compute.md that a CPU can show, each with what was measured."""
     for what, aim, got in (
         ("packed / random padded 16, full logits", 0.46, step[PACKED][REFERENCE]),
+        (f"packed + shared prefix of {LEADS[-1]} / the same", 0.41, step[shared(LEADS[-1])][REFERENCE]),
         ("packed / per-clip limit", 1.0, step[PACKED][LIMIT]),
+        ("five questions per audio, shared / apart", 1 / 1.8, 1 / faster),
         ("packed / GEMM roofline, fp32", 1.5, step[PACKED][ROOFLINE]),
         ("loss head, time of full logits", 0.45, head["time"]),
         (f"loss head, memory at {PACK_SLOTS} slots, by the line", 0.03, head["memory_of_pack"]),
@@ -360,28 +421,24 @@ def main() -> None:
     layers: dict[str, Any] = {}
     for number, (name, stage) in enumerate(stages.items()):
         lm = model(stage)
-        adam = optimizer(lm.named_parameters(), replace(stage.optim, lr=0.0, lr_for={}))
-
-        def update(lm: AudioLM = lm, adam: torch.optim.Optimizer = adam, limit: float = stage.optim.clip_norm) -> None:
-            clip(lm.parameters(), limit)
-            adam.step()
-
         parts = ("encoder", "projector", "decoder", "head")
         bare = partial(roofline, lm, row(samples), parts)
-        took = compare(lm, step_passes(lm, samples), bare, update, max(1, rounds - bool(number)))
+        ways = step_passes(lm, samples, () if number else LEADS)
+        took = compare(lm, ways, bare, updating(lm, stage), max(1, rounds - bool(number)))
         layers[name] = table(f"{name}, {stage.optim.name}", took)
         if not number:
             bare = partial(roofline, lm, row(samples), parts[:1])
             took = compare(lm, encoder_passes(lm, samples), bare, lambda: None, max(1, rounds - 1))
             layers["encoder"] = table("encoder alone", took)
     first, head = stages[STAGES[0]], heads(max(1, rounds - 1))
+    asked = five_questions(first, max(1, rounds - 1))
     values = {
         "shapes": shapes, "torch": torch.__version__, "threads": 1, "rounds": rounds, "machine": platform.machine(),
-        "layouts": layers, "heads": head, "memory": memory(first), "sweep": sweep(first),
+        "layouts": layers, "heads": head, "five_questions": asked, "memory": memory(first), "sweep": sweep(first),
     }  # fmt: skip
     record("compute", values)
     print("\naims (stage 2)")
-    reached(layers[STAGES[0]], head["ours"])
+    reached(layers[STAGES[0]], head["ours"], asked["faster"])
 
 
 if __name__ == "__main__":

@@ -24,23 +24,33 @@ from midasheng.model.encoder import AMIN, TOP_DB, DashengEncoder
 from midasheng.model.loss import target_loss
 from midasheng.sample import NO_TARGET, Sample
 
-PAD, AUDIO, BEFORE, BEHIND = 0, 1, 5, 17  # 22 slots of prompt: template and <|audio_bos|>, then <|audio_eos|> and text
+PAD, AUDIO, PROMPT = 0, 1, 22
 
 
-def draw(count: int, vocabulary: int, seed: int) -> list[Sample]:
+def draw(count: int, vocabulary: int, seed: int, before: int = PROMPT, questions: int = 1) -> list[Sample]:
     """Clips of noise with the lengths of the report's Figure 3, one of each of `count` equal shares of it in random
-    order; 22 slots of prompt, 8 to 36 answered."""
+    order; 22 slots of prompt, 8 to 36 answered.
+
+    `before`: how many slots of the prompt stand before the audio, equal in all samples. `questions`: conversations
+    about each clip, a run that shares all up to the audio's end.
+    """
     rng = np.random.default_rng(seed)
+    prompt = np.random.default_rng(99).integers(2, vocabulary, PROMPT)
     lengths = np.sort(seconds("report", 100 * count, rng))[50::100]
     samples = []
     for number, length in enumerate(rng.permutation(lengths)):
         clip = (0.1 * rng.standard_normal(int(length * frames.SAMPLE_RATE))).astype(np.float32)
-        tokens, answer = frames.audio_tokens(len(clip)), int(rng.integers(8, 37))
-        ids = rng.integers(2, vocabulary, BEFORE + tokens + BEHIND + answer)
-        ids[BEFORE : BEFORE + tokens] = AUDIO
-        labels = np.append(ids[1:], NO_TARGET)
-        labels[: len(ids) - answer - 1] = NO_TARGET
-        samples.append(Sample("noise", str(number), "caption", ids, labels, ids == AUDIO, (clip,)))
+        tokens = frames.audio_tokens(len(clip))
+        for question in range(questions):
+            answer = int(rng.integers(8, 37))
+            ids = rng.integers(2, vocabulary, PROMPT + tokens + answer)
+            ids[:before] = prompt[:before]
+            ids[before : before + tokens] = AUDIO
+            labels = np.append(ids[1:], NO_TARGET)
+            labels[: len(ids) - answer - 1] = NO_TARGET
+            clips, common = ((), before + tokens) if question else ((clip,), 0)
+            key = f"{number}.{question}"
+            samples.append(Sample("noise", key, "caption", ids, labels, ids == AUDIO, clips, common))
     return samples
 
 

@@ -118,10 +118,12 @@ class AudioLM(nn.Module):
         """Decoder states of every slot, before the head."""
         device = pack.ids_T.device.type
         with torch.autocast(device, dtype=self.compute_dtype, enabled=self.compute_dtype is not None):
-            return self.decoder(self.place(pack), pack.position_T, Segments(pack.segments, pack.segment_bounds))
+            segments = Segments(pack.segments, pack.segment_bounds, pack.parents, pack.seen_A, pack.seen_bounds)
+            return self.decoder(self.place(pack), pack.position_T, segments)
 
     def forward(self, pack: Pack) -> Float[Tensor, " S"]:
-        """Summed cross-entropy of each segment of the pack, float32; logits are made only where a label stands."""
+        """Summed cross-entropy of each segment of the pack, float32 (0 for shared ones and the dummy); logits are made
+        only where a label stands."""
         hidden_TD, at_N = self.hidden(pack), pack.target_N
         head_VD = self.decoder.lm_head.weight
         losses_N = target_loss(hidden_TD.index_select(0, at_N), head_VD, pack.labels_T[at_N], self.compute_dtype)

@@ -16,7 +16,7 @@ from torch import nn
 
 from midasheng import frames
 from midasheng.model.audio_lm import AudioLM
-from midasheng.sample import Pack
+from midasheng.sample import Pack, lineages
 
 # dense FLOP/s of the tensor cores in bf16 and of the cores in fp32 (TF32 off), NVIDIA's data sheets
 PEAKS = {
@@ -51,18 +51,19 @@ class Cost:
     chunk_squared: float  # encoder attention, of a chunk's frames squared
     token: float  # projector, of an audio token
     slot: float  # decoder
-    segment_squared: float  # decoder attention, of a segment's slots squared (causal counts as the full square)
+    segment_squared: float  # decoder attention, of a slot and one it may see (causal counts as the full square)
     target: float  # head
 
     def of(self, pack: Pack) -> dict[str, float]:
-        """Part -> useful FLOPs of a pack: its real segments, the slots that have a target."""
+        """Part -> useful FLOPs of a pack: its real segments, shared ones once, the slots that have a target."""
         n_frames = [frames.frames(n) for n in pack.clips]
         squares = sum(length**2 for n in n_frames for length in frames.chunks(n))
-        real = pack.segments[: len(pack.keys)]
+        real = pack.real
+        pairs = sum(n * sum(real[i] for i in line) for n, line in zip(real, lineages(pack.parents), strict=False))
         return {
             "encoder": self.frame * sum(n_frames) + self.chunk_squared * squares,
             "projector": self.token * sum(frames.audio_tokens(n) for n in pack.clips),
-            "decoder": self.slot * sum(real) + self.segment_squared * sum(n**2 for n in real),
+            "decoder": self.slot * sum(real) + self.segment_squared * pairs,
             "head": self.target * sum(pack.targets),
         }
 

@@ -188,6 +188,7 @@ class Decoding:
 
     def __init__(self, lm: AudioLM, prompts: Pack) -> None:
         assert not lm.training, "a model that generates is in eval mode"
+        assert not prompts.shared, f"{prompts.shared} shared segments: each prompt has a cache of its own"
         self.lm, self.device = lm, lm.decoder.lm_head.weight.device
         prompts = prompts.to(self.device)
         self.rows = list(range(len(prompts.segments)))

@@ -36,7 +36,7 @@ class Meter:
             self.sums.index_add_(0, where, loss_S.double()[: len(where)])
             self.sums.index_add_(0, n + where, torch.tensor(pack.targets, dtype=torch.float64))
         audio_s = sum(frames.seconds(c) for c in pack.clips)
-        slots = sum(pack.segments[: len(pack.keys)])
+        slots = sum(pack.real)
         self.sums[2 * n :] += torch.tensor([audio_s, slots, sum(frames.frames(c) for c in pack.clips)])
 
     def row(self, reduce: Reduce) -> dict[str, Any]:
@@ -74,7 +74,7 @@ class Speed:
         """One trained pack."""
         useful = sum(self.cost.of(pack).values())
         audio_s = sum(frames.seconds(c) for c in pack.clips)
-        slots, n_frames = sum(pack.segments[: len(pack.keys)]), sum(frames.frames(c) for c in pack.clips)
+        slots, n_frames = sum(pack.real), sum(frames.frames(c) for c in pack.clips)
         self.sums[:6] += torch.tensor([useful, audio_s, slots, sum(pack.segments), n_frames, sum(pack.chunks)])
 
     def waited(self, seconds: float) -> None:

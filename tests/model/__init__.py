@@ -1,6 +1,7 @@
 """Small models, conversations and packs that the tests of the model room share."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -108,6 +109,41 @@ def conversation(seed: int, *clips: int, prompt: int = 4, answer: int = 5) -> Sa
     array = np.array(ids)
     waves = tuple(noise(n, 100 * seed + i) for i, n in enumerate(clips))
     return Sample("tiny", f"sample{seed}", "caption", array, np.array(labels), array == AUDIO, waves)
+
+
+def questions(seed: int, count: int, *clips: int, lead: int = 0, words: int = 3) -> list[Sample]:
+    """`count` conversations about the same clips, as a run: `lead` slots that are equal whatever the seed, the clips,
+    `words` slots of prompt; then each one's own prompt and answer, of lengths of their own."""
+    rng = np.random.default_rng(seed)
+    trunk = np.random.default_rng(99).integers(4, VOCAB, 22)[:lead].tolist()
+    for n in clips:
+        trunk += [BOS, *[AUDIO] * frames.audio_tokens(n), EOS]
+    trunk += rng.integers(4, VOCAB, words).tolist()
+    waves = tuple(noise(n, 100 * seed + i) for i, n in enumerate(clips))
+    samples = []
+    for number in range(count):
+        prompt, answer = 1 + (seed + number) % 3, 3 + number
+        ids = np.array([*trunk, *rng.integers(4, VOCAB, prompt + answer).tolist()])
+        labels = np.append(ids[1:], NO_TARGET)
+        labels[: len(ids) - answer - 1] = NO_TARGET
+        later = {"clips": (), "common": len(trunk)} if number else {"clips": waves}
+        samples.append(Sample("tiny", f"sample{seed}-{number}", "caption", ids, labels, ids == AUDIO, **later))
+    return samples
+
+
+def whole(samples: Sequence[Sample]) -> list[Sample]:
+    """The same conversations, each with its own clips and nothing in common."""
+    found: list[Sample] = []
+    for s in samples:
+        found.append(replace(s, clips=found[-1].clips, common=0) if s.common else s)
+    return found
+
+
+def shared_pack(samples: Sequence[Sample], lead: int, tail: int = 0, n_frames: int = 0) -> Pack:
+    """The samples in one pack, what they have in common once."""
+    room = sum(len(s.ids) for s in samples)
+    used = sum(pack(list(samples), room, PAD, None, 0, lead).real)
+    return pack(list(samples), used + tail, PAD, None, n_frames, lead)
 
 
 def packed(*samples: Sample, tail: int = 0, pad: int = PAD) -> Pack:

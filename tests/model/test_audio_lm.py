@@ -3,6 +3,7 @@
 import dataclasses
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -29,7 +30,10 @@ from tests.model import (
     gradients,
     logits,
     packed,
+    questions,
+    shared_pack,
     tiny_lm,
+    whole,
 )
 
 BOTH = pytest.mark.parametrize("architecture", [OMNI, QWEN3])
@@ -59,6 +63,25 @@ def difference_to_one_by_one(lm: AudioLM) -> float:
     return float(worst)
 
 
+def in_float64(lm: AudioLM) -> AudioLM:
+    """Also what is always float32 otherwise: RMSNorm rounds gradients, alone before they are summed over samples and
+    shared behind it."""
+    bn = lm.double().audio_encoder.init_bn
+
+    def forward(mel):
+        scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
+        return (mel.double() - bn.running_mean[:, None]) * scale[:, None] + bn.bias[:, None]
+
+    def normed(norm, x):
+        return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
+
+    bn.forward = forward
+    for module in lm.decoder.modules():
+        if hasattr(module, "variance_epsilon"):
+            module.forward = partial(normed, module)
+    return lm
+
+
 @pytest.mark.parametrize("architecture", [OMNI, QWEN3, LLAMA])
 @pytest.mark.parametrize("recompute", [(), ("audio_encoder", "decoder")], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
@@ -67,14 +90,158 @@ def test_packed_is_one_by_one(architecture, recompute, training):
     lm = tiny_lm(architecture)
     lm.recompute(recompute)
     assert difference_to_one_by_one(lm.train(training)) < 3e-6
-    bn = lm.double().audio_encoder.init_bn  # always float32 otherwise
+    assert difference_to_one_by_one(in_float64(lm)) < 1e-12
 
-    def in_float64(mel):
-        scale = bn.weight * torch.rsqrt(bn.running_var + bn.eps)
-        return (mel.double() - bn.running_mean[:, None]) * scale[:, None] + bn.bias[:, None]
 
-    bn.forward = in_float64
-    assert difference_to_one_by_one(lm) < 1e-12
+# -- what samples have in common, once ----------------------------------------------------------------------------------
+
+
+def family(lead: int) -> list[Sample]:
+    """Runs of 2 to 5 with their clip in the trunk, one of them in two chunks, and two runs without; between them samples
+    for themselves, with two clips and with none. In the row every trunk stands behind all leaves."""
+    runs = [(3, 5_000), (1, 33_333, 3_200), (1,), (2, 640 * 260), (2,), (5, 9_000), (4,)]
+    return [s for seed, (count, *clips) in enumerate(runs) for s in questions(seed, count, *clips, lead=lead)]
+
+
+Found = tuple[torch.Tensor, dict[str, torch.Tensor]]
+
+
+def found_in(lm: AudioLM, rows: list[Pack]) -> Found:
+    """Losses of the samples of all rows, gradients of their sum."""
+    lm.zero_grad()
+    losses = []
+    for row in rows:
+        loss_S = lm(row)
+        loss_S.sum().backward()
+        losses.append(loss_S.detach()[: len(row.keys)])
+        assert not loss_S[len(row.keys) :].any()
+    assert not [n for n, p in lm.named_parameters() if p.grad is None]
+    return torch.cat(losses), {n: p.grad for n, p in lm.named_parameters()}
+
+
+def apart(found: Found, wanted: Found) -> tuple[float, float]:
+    """Largest relative difference of a loss and of a gradient (norms)."""
+    losses = ((found[0] - wanted[0]).abs() / wanted[0]).max()
+    gradients = [(found[1][name] - g).norm() / g.norm() for name, g in wanted[1].items()]
+    return float(losses), float(torch.stack(gradients).max())
+
+
+@pytest.mark.parametrize("lead", [0, 4, 14, 22])
+@pytest.mark.parametrize("architecture", [OMNI, QWEN3, LLAMA])
+def test_what_is_shared_changes_no_loss_and_no_gradient(architecture, lead):
+    """Against each sample alone, in training and in eval(), activations kept and computed again. In float32 the same
+    samples in one pack without sharing are as far from each one alone: up to 3e-6 in a gradient."""
+    samples = family(lead)
+    row, alone = shared_pack(samples, lead, tail=7), [packed(s) for s in whole(samples)]
+    assert row.shared == 5 + bool(lead)
+    lm = tiny_lm(architecture)
+    losses, gradients = apart(found_in(lm, [row]), found_in(lm, alone))
+    assert losses < 1e-6
+    assert gradients < 4e-6
+    wanted = found_in(in_float64(lm), alone)
+    for parts in ((), ("audio_encoder", "decoder")):
+        lm.recompute(parts)
+        for training in (True, False):
+            assert max(apart(found_in(lm.train(training), [row]), wanted)) < 1e-12
+
+
+def test_unshared_packs_are_what_they_were():
+    lm = tiny_lm()
+    row = packed(*whole(family(4)), tail=7)
+    assert (row.shared, set(row.parents), len(row.seen_A)) == (0, {-1}, 0)
+    plain = attention.Segments(row.segments, row.segment_bounds)
+    assert torch.equal(lm.decoder(lm.place(row), row.position_T, plain), lm.hidden(row))
+
+
+def rebuilt(parents):
+    """Attention as if the segments had other parents."""
+
+    def attend(q, k, v, segments, *, causal, scale=None):
+        own = parents(segments)
+        return dense_attention(q, k, v, attention.Segments(segments, segments.bounds, own), causal=causal, scale=scale)
+
+    return attend
+
+
+def sees_the_leaf_before(segments):
+    own = [line[-2] if len(line) > 1 else -1 for line in segments.lines]
+    return [own[0], 0, *own[2:]]
+
+
+def first_leaf_without_parent(segments):
+    own = [line[-2] if len(line) > 1 else -1 for line in segments.lines]
+    return [-1, *own[1:]]
+
+
+def trunks_without_lead(segments):
+    first = min(line[-2] for line in segments.lines if len(line) > 1)
+    own = [line[-2] if len(line) > 1 else -1 for line in segments.lines]
+    return [p if n < first else -1 for n, p in enumerate(own)]
+
+
+def top_left(q, k, v, segments, *, causal, scale=None):
+    parts = [[t.split(list(segments), dim=1) for t in (k, v)], q.split(list(segments), dim=1)]
+    out = []
+    for q_s, line in zip(parts[1], segments.lines, strict=True):
+        k_s, v_s = (torch.cat([of[one] for one in line], dim=1) for of in parts[0])
+        out.append(F.scaled_dot_product_attention(q_s[None], k_s[None], v_s[None], is_causal=True, scale=scale, enable_gqa=True)[0])  # fmt: skip
+    return torch.cat(out, dim=1)
+
+
+def one_leaf_teaches_the_trunk(q, k, v, segments, *, causal, scale=None):
+    k_parts, v_parts = (t.split(list(segments), dim=1) for t in (k, v))
+    out, taught = [], set()
+    for q_s, line in zip(q.split(list(segments), dim=1), segments.lines, strict=True):
+        both = []
+        for of in (k_parts, v_parts):
+            both.append(torch.cat([of[one].detach() if one in taught else of[one] for one in line], dim=1))
+        taught |= set(line[:-1])
+        mask = torch.ones(q_s.shape[1], both[0].shape[1], dtype=torch.bool).tril(both[0].shape[1] - q_s.shape[1])
+        out.append(F.scaled_dot_product_attention(q_s[None], both[0][None], both[1][None], attn_mask=mask, scale=scale, enable_gqa=True)[0])  # fmt: skip
+    return torch.cat(out, dim=1)
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [rebuilt(sees_the_leaf_before), rebuilt(first_leaf_without_parent), rebuilt(trunks_without_lead), top_left,
+     one_leaf_teaches_the_trunk],
+)  # fmt: skip
+def test_attention_that_shares_wrongly_would_be_seen(broken, monkeypatch):
+    lm, samples = in_float64(tiny_lm()), family(4)
+    wanted = found_in(lm, [packed(s) for s in whole(samples)])
+    monkeypatch.setattr(attention, "segment_attention", broken)
+    assert max(apart(found_in(lm, [shared_pack(samples, 4)]), wanted)) > 1e-4
+
+
+def in_slot_order(row: Pack) -> Pack:
+    return dataclasses.replace(row, audio_K=row.audio_K.sort().values)
+
+
+def restarting(row: Pack) -> Pack:
+    return dataclasses.replace(row, position_T=torch.cat([torch.arange(n) for n in row.segments]))
+
+
+@pytest.mark.parametrize("broken", [in_slot_order, restarting])
+def test_a_row_that_shares_wrongly_would_be_seen(broken):
+    lm, samples = in_float64(tiny_lm()), family(4)
+    wanted = found_in(lm, [packed(s) for s in whole(samples)])
+    assert max(apart(found_in(lm, [broken(shared_pack(samples, 4))]), wanted)) > 1e-4
+
+
+def test_shared_slots_have_one_dropout_mask():
+    """The same question twice: under dropout its leaves differ, what they see of their trunk does not."""
+    lm, (first, second) = tiny_lm(), questions(0, 2, 5_000, lead=4)
+    adapt.freeze_all_but(lm, [])
+    adapt.add_lora(lm, adapt.LoraPlan(("v_proj",), 4, 8.0, 0.5), seed=0)
+    for name, parameter in lm.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter)
+    row = shared_pack([first, dataclasses.replace(second, ids=first.ids, labels=first.labels)], 4)
+    with torch.no_grad():
+        one, two, *_ = lm.train()(row).tolist()
+        assert abs(one - two) > 1e-4
+        one, two, *_ = lm.eval()(row).tolist()
+        assert one == pytest.approx(two, rel=1e-5)
 
 
 def ignores_segments(q, k, v, segments, *, causal, scale=None):
@@ -274,11 +441,21 @@ def fake_lm(architecture: str, device: str) -> AudioLM:
     return lm
 
 
+def fixed_and_shared() -> Pack:
+    row = shared_pack(family(4), 4, tail=20, n_frames=900)
+    assert row.shared == 6
+    return row
+
+
+ROWS = pytest.mark.parametrize("made", [lambda: fixed(*talks()), fixed_and_shared], ids=["apart", "shared"])
+
+
 @BOTH
+@ROWS
 @pytest.mark.parametrize("recompute", [(), ("audio_encoder", "decoder")])
-def test_forward_and_backward_read_nothing_from_the_device(architecture, recompute):
+def test_forward_and_backward_read_nothing_from_the_device(architecture, recompute, made):
     """Tensors without content: an .item(), a nonzero, a boolean index or a masked_select would raise."""
-    row = fixed(*talks())
+    row = made()
     with FakeTensorMode():
         lm = fake_lm(architecture, "cpu")
         lm.recompute(recompute)
@@ -292,9 +469,10 @@ COUNTS = {"aten::nonzero", "aten::masked_select", "aten::_local_scalar_dense", "
 
 
 @BOTH
-def test_no_operation_asks_inside_for_a_count(architecture):
+@ROWS
+def test_no_operation_asks_inside_for_a_count(architecture, made):
     """What tensors without content do not show: masked_scatter's backward selects by mask, and waits for the number."""
-    lm, row = tiny_lm(architecture), fixed(*talks())
+    lm, row = tiny_lm(architecture), made()
     lm(row)  # tables of the front end are made once
     with profile(activities=[ProfilerActivity.CPU]) as seen:
         lm(row).sum().backward()
@@ -304,9 +482,10 @@ def test_no_operation_asks_inside_for_a_count(architecture):
 
 
 @BOTH
+@ROWS
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_on_a_gpu_nothing_stays_on_the_host(architecture, kernel):
-    row = fixed(*talks())
+def test_on_a_gpu_nothing_stays_on_the_host(architecture, kernel, made):
+    row = made()
     attention.ask(kernel)
     try:
         with FakeTensorMode():
@@ -318,10 +497,12 @@ def test_on_a_gpu_nothing_stays_on_the_host(architecture, kernel):
 COMPILED = """
 import torch
 from tests.model import conversation, gradients, tiny_lm
-from tests.model.test_audio_lm import fixed, talks
+from tests.model import shared_pack
+from tests.model.test_audio_lm import family, fixed, talks
 plain, lm = tiny_lm({0!r}), tiny_lm({0!r})
 lm.compile_blocks("eager")
 many = [fixed(*talks()), fixed(conversation(5, 64_000)), fixed(conversation(6), conversation(7, 3_200, 9_000))]
+many += [shared_pack(family(lead), lead, len(many[0].ids_T) - sum(shared_pack(family(lead), lead).real), 900) for lead in (0, 9)]
 found, wanted = gradients(lm, many[:1]), gradients(plain, many[:1])
 assert all((found[n] - g).abs().max() <= 1e-4 * g.abs().max() + 1e-6 for n, g in wanted.items())
 compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]

@@ -5,18 +5,25 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from midasheng.model import adapt, attention, encoder
-from midasheng.model.attention import dense_attention
 from midasheng.model.audio_lm import AudioLM
 from midasheng.model.flops import cost
-from tests.model import OMNI, QWEN3, at_scale, conversation, packed, tiny_lm
+from tests.model import OMNI, QWEN3, at_scale, conversation, packed, questions, shared_pack, tiny_lm, whole
 
 LORA = {"q, v": ("q_proj", "v_proj"), "all": ("all-linear",), "o": ("o_proj",), "": ()}
 
 
 def by_segment(q, k, v, segments, *, causal, scale=None):
     """The dense reference inside each segment: torch counts no FLOPs in a CPU's fused attention."""
-    parts = zip(*(t.split(list(segments), dim=1) for t in (q, k, v)), strict=True)
-    return torch.cat([dense_attention(*one, [one[0].shape[1]], causal=causal, scale=scale) for one in parts], dim=1)
+    parts_q, *parts = (t.split(list(segments), dim=1) for t in (q, k, v))
+    lines = getattr(segments, "lines", None) or [(number,) for number in range(len(segments))]
+    out = []
+    for q_s, line in zip(parts_q, lines, strict=True):
+        k_s, v_s = (torch.cat([of[one] for one in line], dim=1) for of in parts)
+        k_s, v_s = (t.repeat_interleave(q.shape[0] // t.shape[0], dim=0) for t in (k_s, v_s))
+        scores = (q_s @ k_s.transpose(-1, -2)) * (scale if scale is not None else q.shape[-1] ** -0.5)
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(k_s.shape[1] - q_s.shape[1])
+        out.append((scores.masked_fill(~mask, float("-inf")) if causal else scores).softmax(-1) @ v_s)
+    return torch.cat(out, dim=1)
 
 
 def counted(lm: AudioLM, pack) -> float:
@@ -53,6 +60,22 @@ def test_it_is_what_torch_counts(architecture, train, lora):
     clips = [(640 * 505,), (5_000, 33_333), (16_000,)]  # one in three chunks, two, one
     pack = packed(*(conversation(n, *lengths, answer=5 + n) for n, lengths in enumerate(clips)))
     assert sum(cost(lm).of(pack).values()) == pytest.approx(counted(lm, pack), rel=0.01)
+
+
+@pytest.mark.parametrize("architecture", [OMNI, QWEN3])
+@pytest.mark.parametrize("lead", [0, 14])
+def test_what_is_shared_is_counted_once(architecture, lead):
+    """Runs with long trunks, so that forgotten ancestors would be seen among the products with weights."""
+    lm = tiny_lm(architecture)
+    samples = [*questions(0, 5, 640 * 505, lead=lead, words=200), *questions(1, 2, lead=lead, words=300)]
+    row = shared_pack(samples, lead, tail=3)
+    assert sum(cost(lm).of(row).values()) == pytest.approx(counted(lm, shared_pack(samples, lead)), rel=0.01)
+    leaves = sum(len(s.ids) for s in samples) - 5 * samples[1].common - 2 * samples[6].common
+    assert sum(row.real) == leaves + samples[1].common + samples[6].common - lead
+    apart = cost(lm).of(packed(*whole(samples)))
+    of_row = cost(lm).of(row)
+    assert apart["encoder"] == 5 * of_row["encoder"]
+    assert apart["head"] == of_row["head"]
 
 
 def test_each_part_is_counted_for_itself():

@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from benchmarks import layouts
+from benchmarks.compute import row
 from midasheng.model import adapt
 from midasheng.sample import pack
-from tests.model import VOCAB, conversation, tiny_lm
+from tests.model import VOCAB, conversation, tiny_lm, whole
 
 
 @pytest.fixture
@@ -40,6 +41,25 @@ def test_a_padded_batch_is_a_pack(samples, least_s, full_logits, lora):
     assert got.keys() == wanted.keys()
     assert max(float((got[n] - g).norm() / g.norm()) for n, g in wanted.items()) < 1e-4
     assert torch.equal(lm(row).sum(), packed)  # our attention is back
+
+
+@pytest.mark.parametrize(("before", "lead", "asked"), [(22, 4, 1), (22, 14, 1), (22, 22, 1), (5, 5, 3)])
+def test_drawn_samples_share_what_the_benchmark_says(before, lead, asked):
+    """Their slots are really equal; losses and gradients are those of the samples apart."""
+    lm = tiny_lm()
+    drawn = layouts.draw(4, VOCAB, seed=0, before=before, questions=asked)
+    together, apart = row(drawn, lead), row(whole(drawn))
+    assert together.shared == (1 if asked == 1 else 1 + 4)
+    saved = 4 * (asked - 1) * before + (asked - 1) * sum(int(s.is_audio.sum()) for s in drawn[::asked]) + 3 * lead
+    assert sum(apart.real) - sum(together.real) == saved
+    found = []
+    for one in (together, apart):
+        lm.zero_grad()
+        losses = lm(one)[: len(drawn)]
+        losses.sum().backward()
+        found.append([losses.detach(), *(p.grad for p in lm.parameters())])
+    for a, b in zip(*found, strict=True):
+        assert (a - b).norm() < 1e-5 * b.norm()
 
 
 def test_copies_need_no_mask(samples):

@@ -1,5 +1,7 @@
 """Sums over packs and ranks; token-weighted, never a mean of means."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 import torch
@@ -26,6 +28,22 @@ def test_rows_are_sums_over_targets_not_means_of_means():
     assert row["corpora"] == {"a": {"loss_sum": 10.0, "targets": 1}, "b": {"loss_sum": 10.0, "targets": 9}}
     assert (row["audio_s"], row["slots"], row["frames"]) == (3.0, 18, 25 + 50)  # the tail of 6 slots does not count
     assert meter.row(lambda t: t)["targets"] == 0  # since the last row
+
+
+def test_what_samples_share_is_counted_once():
+    """Two questions on a clip: 3 shared slots, 1 and 5 of their own."""
+    long, short = sample("a", 8, 0, 16_000), sample("b", 4, 0)
+    short = dataclasses.replace(short, common=3)
+    for s in (long, short):
+        s.labels[-1] = 1
+    row = pack([long, short], 12, 0)
+    meter, speed = Meter(["a", "b"]), Speed(COST, peak=1e6, devices=1)
+    meter.add(row, torch.tensor([10.0, 4.0, 0.0, 0.0]))
+    speed.add(row)
+    found = meter.row(lambda t: t)
+    assert (found["audio_s"], found["slots"], found["frames"], found["targets"]) == (1.0, 9, 25, 2)
+    assert found["corpora"]["b"] == {"loss_sum": 4.0, "targets": 1}
+    assert speed.sums[2:4].tolist() == [9, 12]
 
 
 def test_reduction_over_ranks_reaches_every_sum():
