@@ -57,6 +57,8 @@ class Sample:
 
     `ids` int64 (slots,); `labels` int64 (slots,): the id that a slot must predict, i.e. already shifted by one, or
     NO_TARGET; `is_audio` bool (slots,); `clips`: float32 (n_samples,) each, 16 kHz mono.
+    `common`: leading slots, its clips' among them, that it shares with the samples before it, back to the last one
+    with common 0; its `clips` are then () and stand with that one.
     """
 
     corpus: str
@@ -66,6 +68,7 @@ class Sample:
     labels: np.ndarray
     is_audio: np.ndarray
     clips: tuple[np.ndarray, ...]
+    common: int = 0
 
 
 @dataclass(frozen=True)
@@ -114,13 +117,15 @@ def bounds(lengths: Sequence[int]) -> Tensor:
 
 def pack(
     samples: list[Sample], pack_slots: int, pad_id: int, audio_L: NDArray[np.float32] | None = None,
-    pack_frames: int = 0,
+    pack_frames: int = 0, lead: int = 0,
 ) -> Pack:  # fmt: skip
     """Lay samples end to end in a row of `pack_slots` slots and `pack_frames` encoder frames (0: as many as they have).
     `audio_L`: their clips, where they lie end to end already, with silence behind them as long as those frames can be.
 
     Raises AssertionError when they do not fit.
     """
+    if lead or any(s.common for s in samples):
+        raise AssertionError("merge share-model")
     lengths = [len(s.ids) for s in samples]
     tail = pack_slots - sum(lengths)
     assert tail >= 0, f"{sum(lengths)} slots planned into a pack of {pack_slots}"
