@@ -90,7 +90,9 @@ class Corpus:
         ]
         slots, n_frames = np.mean(visits, axis=0).tolist()
         every = [[ALL] if self.card.answers == "all" else range(len(s)) for s in self.slots]
-        once = [[np.mean([self.cost(r, v, lead)[:2] for v in of], axis=0) for r, of in enumerate(every)] for lead in (0, 1)]
+        once = [
+            [np.mean([self.cost(r, v, lead)[:2] for v in of], axis=0) for r, of in enumerate(every)] for lead in (0, 1)
+        ]
         (shared_slots, shared_frames), (less, _) = np.mean(once, axis=1).tolist()
         digest = hashlib.sha256(repr(self.common).encode()).hexdigest()[:16]
         shared = Shared(self.lead, shared_slots, shared_frames, shared_slots - less, digest)
