@@ -131,7 +131,7 @@ class _Shares(Sampler[Share]):
             yield Share(step.number, step.share(self.rank, self.world), skipped, step.state_after)
 
 
-class Told(NamedTuple):
+class Tokenised(NamedTuple):
     """A record, the bytes of its audio, and its conversation (all of them where `answers: all`) tokenised. `common`:
     how many slots, its audio's among them, these share; 0 where each stands for itself."""
 
@@ -176,7 +176,7 @@ class Loading(Dataset[StepBatch]):
         numbers = tuple(n for n, _ in share.packs)
         return StepBatch(share.step, numbers, tuple(packs), tuple(skipped), share.state_after, rows, checksum)
 
-    def _text(self, p: Planned, read: bytes | StorageError | Unreachable) -> Told | Skip:
+    def _text(self, p: Planned, read: bytes | StorageError | Unreachable) -> Tokenised | Skip:
         """One planned sample, tokenised; or why it cannot be used."""
         if not isinstance(read, bytes):
             return Skip("shard gone" if isinstance(read, StorageError) else "unreachable")
@@ -199,9 +199,9 @@ class Loading(Dataset[StepBatch]):
         slots = sum(len(e.ids) for e in encoded) - (len(encoded) - begins) * common - begins * self.budget.lead_slots
         if slots != p.slots:
             return Skip("differs from index")  # the shard was written anew under the run
-        return Told(record, data, encoded, common)
+        return Tokenised(record, data, encoded, common)
 
-    def _samples(self, p: Planned, text: Told | Skip, into: NDArray[np.float32]) -> list[Sample]:
+    def _samples(self, p: Planned, text: Tokenised | Skip, into: NDArray[np.float32]) -> list[Sample]:
         """The conversations of one planned sample, each with its clip, or the first of them with the clip that they
         share; clips lie end to end in `into`. Raises Skip."""
         if isinstance(text, Skip):
