@@ -391,7 +391,7 @@ def test_a_pack_at_mini_has_the_slots_that_were_planned(tmp_path, monkeypatch, a
     runs = 0
     loader = train_loader(data.planner(0), data.corpora, data.chat, 4, rank=0, world=1, workers=0)
     for step, batch in zip(data.planner(0), loader, strict=False):
-        assert batch.skipped == ()
+        assert {s.reason for s in batch.skipped} <= {"fits no pack"}
         for planned, row in zip(step.packs, batch.packs, strict=True):
             real = len(row.keys) + row.shared
             assert sum(row.segments[:real]) == data.budget.lead_slots + sum(p.slots for p in planned)
