@@ -59,6 +59,7 @@ def columns(kind: str, n: int, rng: np.random.Generator) -> dict[str, NDArray[An
         "n_samples": (length * frames.SAMPLE_RATE).astype(np.int32), "source": rng.random(n),
         "reason": np.zeros(n, np.uint8), "until": np.cumsum(many, dtype=np.int32),
         "slots": (answer + 22).astype(np.int32), "targets": (answer + 1).astype(np.int32),
+        "common": np.zeros(n, np.int32),
         "key_until": np.arange(12, 12 * n + 12, 12), "keys": np.frombuffer(keys, np.uint8),
     }  # fmt: skip
 
@@ -80,7 +81,7 @@ def simulate(folder: Path, kind: str) -> list[Reading]:
                 (shard,) = list_shards(str(folder), path.name)
                 save_columns(
                     side_path(folder / ".index", reading, shard), columns(kind, n, rng),
-                    {"shard": vars(shard), "reasons": [], "damage": []},
+                    {"shard": vars(shard), "reasons": [], "damage": [], "lead": []},
                 )  # fmt: skip
         readings.append(reading)
     return readings

@@ -120,6 +120,11 @@ class Batch:
         "begins and kept by it; kind report derives it from the mix's mean",
     )
     pack_frames: int = key(0, "encoder frames of a pack; 0: in the mix's own ratio to pack_slots")
+    share: bool = key(
+        False,
+        "compute once per pack the slots that every sample begins with, and in corpora with `answers: all` those that "
+        "a record's conversations begin with, their clip among them; exact, but dropout has one mask for shared slots",
+    )
 
 
 @dataclass
@@ -474,8 +479,9 @@ def check_start(stage: Stage) -> None:
 
 
 def saved(path: Path) -> dict[str, Any]:
-    """Dotted key -> value of a run folder's config.yaml (as `Loaded.yaml` wrote it). Raises ConfigError."""
-    return _read(path)
+    """Dotted key -> value of a run folder's config.yaml (as `Loaded.yaml` wrote it); a key that came later has its
+    default. Raises ConfigError."""
+    return flat(dataclasses.asdict(Stage())) | _read(path)
 
 
 def of_run(path: Path) -> Stage:

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from tokenizers import Tokenizer
 
 from midasheng.config import UserError
-from midasheng.sample import NO_TARGET, Turn
+from midasheng.sample import NO_TARGET, Sample, Turn
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,29 @@ class Encoded:
     ids: np.ndarray
     labels: np.ndarray
     is_audio: np.ndarray
+
+
+def lead(conversation: Encoded) -> NDArray[np.int64]:
+    """The ids (slots,) that come before its first audio slot and its first slot with a target: what conversations on
+    other clips may begin with too."""
+    own = conversation.is_audio | (conversation.labels != NO_TARGET)
+    return conversation.ids[: int(own.argmax()) if own.any() else None]
+
+
+def agreeing(one: Sequence[int] | NDArray[np.int64], other: Sequence[int] | NDArray[np.int64]) -> int:
+    """How many ids two rows begin with in common."""
+    n = min(len(one), len(other))
+    differ = np.flatnonzero(np.asarray(one[:n]) != np.asarray(other[:n]))
+    return int(differ[0]) if len(differ) else n
+
+
+def trunk(conversations: Sequence[Encoded | Sample]) -> int:
+    """How many slots all conversations on one clip begin with in common, before any target. 0 for a single one, and
+    where audio stands behind them: only what comes before an audio slot can be shared with it."""
+    first, *others = (np.where(c.is_audio, -1, c.ids) for c in conversations)
+    k = min((agreeing(first, ids) for ids in others), default=0)
+    k = min([k, *(int(targets[0]) for c in conversations if len(targets := np.flatnonzero(c.labels != NO_TARGET)))])
+    return 0 if any(c.is_audio[k:].any() for c in conversations) else k
 
 
 class Chat:

@@ -19,6 +19,7 @@ import numpy as np
 
 from midasheng.config import AUTO, Stage, UserError
 from midasheng.data.audio import Skip, decode
+from midasheng.data.chat import trunk
 from midasheng.data.index import CorpusIndex, index_folder
 from midasheng.data.ledger import AT_LEAST, BAD, SHARE
 from midasheng.data.loader import conversation
@@ -217,10 +218,13 @@ def _wrong(corpus: CorpusIndex, number: int, data: bytes | StorageError | Unreac
     try:
         record, audio = corpus.read(number, data)
         clips = [decode(audio, record.n_samples)] if record.audio else []
-        for i, variant in enumerate(record.variants):
-            sample = conversation(corpus.card, record.key, variant.turns, clips, corpus.reading.chat)
+        made = [conversation(corpus.card, record.key, v.turns, clips, corpus.reading.chat) for v in record.variants]
+        for i, sample in enumerate(made):
             if len(sample.ids) != record.slots(i):
                 return f"{len(sample.ids)} slots, {record.slots(i)} when it was indexed"
+        common = int((~made[0].is_audio[: trunk(made)]).sum())
+        if common != record.common:
+            return f"{common} text slots in common, {record.common} when it was indexed"
     except (Skip, ManifestError) as error:
         return error.reason if isinstance(error, Skip) else str(error)
     return ""
@@ -309,7 +313,7 @@ def _plan(data: DataRoom, stage: Stage, found: Check) -> None:
     found.packs_a_step, found.pack_slots, found.pack_frames = (
         data.budget.packs_per_step, data.budget.pack_slots, data.budget.pack_frames,
     )  # fmt: skip
-    found.fill_slots = float(sums[0]) / (packs * data.budget.pack_slots)
+    found.fill_slots = (float(sums[0]) + packs * data.budget.lead_slots) / (packs * data.budget.pack_slots)
     found.fill_frames = float(sums[1]) / (packs * data.budget.pack_frames) if data.budget.pack_frames else 0.0
     for number, corpus in enumerate(data.corpora):
         mine, row = rows[rows[:, CORPUS] == number], found.corpora[corpus.card.name]

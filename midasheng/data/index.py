@@ -26,13 +26,14 @@ from tqdm import tqdm
 from midasheng import frames
 from midasheng.config import UserError
 from midasheng.data.audio import Skip
+from midasheng.data.chat import agreeing
 from midasheng.data.manifest import Card, ManifestError, conversations, excluded_by
 from midasheng.data.shard import Reading, SideFile, index_shard, is_whole, parsed, side_path
 from midasheng.data.storage import Place, ShardFile, is_url, list_shards
 from midasheng.sample import Turn, unit_hash
 
 OPEN_SIDE_FILES = 512
-TABLE = 2  # version of the tables below
+TABLE = 3  # version of the tables below
 
 
 class ShardError(UserError):
@@ -62,6 +63,7 @@ class Record(NamedTuple):
     n_samples: int
     variants: tuple[Variant, ...]
     alike: str = ""  # value of the card's field `alike`
+    common: int = 0  # text slots that all variants have in common before any target; 0 where audio stands behind them
 
     @property
     def frames(self) -> int:
@@ -116,6 +118,7 @@ class Columns(NamedTuple):
     until: NDArray[Any]  # (R,) variants of records up to and including this one
     slots: NDArray[Any]  # (Q,) text slots
     targets: NDArray[Any]  # (Q,)
+    common: NDArray[Any]  # (R,) text slots that a record's variants have in common before any target, as in `Record`
 
 
 @dataclass(frozen=True)
@@ -132,8 +135,33 @@ class ShardRow:
     frames: int
     most_slots: int  # what a visit of the dearest one costs
     most_frames: int
+    shared_slots: float  # the same where packs share: what a record's variants have in common costs once,
+    shared_frames: int
+    begins: int  # and each of so many beginnings costs the mix' lead less
+    most_shared_slots: int  # before any lead is taken off
+    most_shared_frames: int
+    lead: list[int]  # ids that all variants of all usable records begin with
+    common: str  # hash of the column
     digest: str
     damage: list[str]
+
+    def most(self, lead: int | None) -> tuple[int, int]:
+        """(slots, frames) that no visit exceeds; `lead`: slots of it where packs share, None where they do not."""
+        if lead is None:
+            return self.most_slots, self.most_frames
+        return max(0, self.most_shared_slots - lead), self.most_shared_frames
+
+
+@dataclass(frozen=True)
+class Shared:
+    """What a corpus is where packs share: ids that all its samples begin with; mean costs of a visit with what its
+    variants have in common counted once; `begins`: how often, on average, such a visit begins with the lead."""
+
+    lead: tuple[int, ...]
+    mean_slots: float
+    mean_frames: float
+    begins: float
+    fingerprint: str  # of what the variants have in common
 
 
 @dataclass(frozen=True)
@@ -146,6 +174,7 @@ class Summary:
     fingerprint: str
     reasons: dict[str, int]
     damage: tuple[str, ...]
+    shared: Shared
 
 
 @dataclass(frozen=True)
@@ -206,11 +235,18 @@ class CorpusIndex:
         reasons: Counter[str] = Counter()
         for row in self.rows:
             reasons.update(row.skipped)
+        filled = [r for r in self.rows if r.train]
+        lead = min((r.lead[: agreeing(filled[0].lead, r.lead)] for r in filled), key=len, default=[])
+        shared = Shared(
+            tuple(lead), sum(r.shared_slots for r in self.rows) / n, sum(r.shared_frames for r in self.rows) / n,
+            sum(r.begins for r in self.rows) / n,
+            hashlib.sha256(repr([r.common for r in self.rows]).encode()).hexdigest()[:16],
+        )  # fmt: skip
         return Summary(
             sum(r.samples for r in self.rows) / frames.SAMPLE_RATE / 3600,
             sum(r.slots for r in self.rows) / n, sum(r.frames for r in self.rows) / n,
             digest.hexdigest()[:16], dict(reasons),
-            tuple(f"{r.shard.path}: {d}" for r in self.rows for d in r.damage),
+            tuple(f"{r.shard.path}: {d}" for r in self.rows for d in r.damage), shared,
         )  # fmt: skip
 
     # -- side files
@@ -228,7 +264,10 @@ class CorpusIndex:
         first = np.concatenate([[0], until[:-1]]).astype(np.int64)[train]
         many = until[train] - first
         inside = np.repeat(first - np.concatenate([[0], np.cumsum(many)[:-1]]), many) + np.arange(many.sum())
-        return Columns(side["n_samples"][train], np.cumsum(many), side["slots"][inside], side["targets"][inside])
+        return Columns(
+            side["n_samples"][train], np.cumsum(many), side["slots"][inside], side["targets"][inside],
+            side["common"][train],
+        )  # fmt: skip
 
     def _where(self, number: int) -> tuple[int, int]:
         shard = bisect.bisect_right(self._ends, number)
@@ -264,6 +303,7 @@ class CorpusIndex:
         record = Record(
             key, Place(path, start + audio, audio_size) if audio_size else None, int(side["n_samples"][row]),
             tuple(map(Variant, turns, slots, targets)), str(content.get(self.card.alike, "")),
+            int(side["common"][row]),
         )  # fmt: skip
         return record, data[audio : audio + audio_size]
 
@@ -285,13 +325,14 @@ class CorpusIndex:
                 found.append(self.starts[shard] + np.flatnonzero(np.isin(side["span"][train, 0], list(offsets))))
         return np.concatenate(found)
 
-    def over(self, slots: int, n_frames: int) -> Iterator[tuple[str, int, int]]:
-        """(key, slots, frames) of every training record that may cost more than this; opens only the
-        side files of shards that hold one."""
+    def over(self, slots: int, n_frames: int, lead: int | None = None) -> Iterator[tuple[str, int, int]]:
+        """(key, slots, frames) of every training record that may cost more than this, where packs share besides a
+        `lead` of so many slots (None: nothing); opens only the side files of shards that may hold one."""
         for shard, line in enumerate(self.rows):
-            if line.most_slots > slots or line.most_frames > n_frames:
+            most_slots, most_frames = line.most(lead)
+            if most_slots > slots or most_frames > n_frames:
                 side, train, _ = self.side(shard)
-                most = _most(side, self.card.answers == "all")
+                most = _most(side, self.card.answers == "all", lead)
                 for row in train[(most[0][train] > slots) | (most[1][train] > n_frames)].tolist():
                     yield side.key(row), int(most[0][row]), int(most[1][row])
 
@@ -338,14 +379,26 @@ def _cut(card: Card, sides: Iterator[SideFile]) -> float:
     return float(hashes[over[0]]) if len(over) else card.held_out.share
 
 
-def _most(side: SideFile, together: bool) -> tuple[NDArray[Any], NDArray[Any]]:
-    """(slots, frames) that a visit of each record costs at most: its longest variant, or all of them `together`."""
+def beginnings(many: NDArray[Any], common: NDArray[Any]) -> NDArray[Any]:
+    """How often a visit of all `many` variants of a record begins anew where packs share: once where they have slots
+    in `common` that hold its clip, else each of them does."""
+    return np.where(common > 0, np.minimum(many, 1), many)
+
+
+def _most(side: SideFile, together: bool, lead: int | None) -> tuple[NDArray[Any], NDArray[Any]]:
+    """(slots, frames) that a visit of each record costs at most: its longest variant, or all of them `together`; where
+    packs share, besides a `lead` of so many slots (None: nothing)."""
     until, heard = side["until"].astype(np.int64), side["audio"][:, 1] > 0
     many = np.diff(until, prepend=0)
     text, told = np.zeros(len(until), dtype=np.int64), many > 0
     if told.any():
         text[told] = (np.add if together else np.maximum).reduceat(side["slots"], (until - many)[told])
-    visit = heard * (many if together else 1)
+    visit = many if together else np.minimum(many, 1)
+    if lead is not None:
+        begins = beginnings(visit, side["common"])
+        text = text - (visit - begins) * side["common"] - begins * lead
+        visit = begins
+    visit = visit * heard
     return text + visit * frames.audio_tokens(side["n_samples"]), visit * frames.frames(side["n_samples"])
 
 
@@ -359,7 +412,10 @@ def _table_row(side: SideFile, shard: ShardFile, rule: Rule, together: bool) -> 
     heard = side["audio"][:, 1] > 0
     tokens, n_frames = heard * frames.audio_tokens(n_samples), heard * frames.frames(n_samples)
     visit = many if together else 1
-    most_slots, most_frames = (int(most[train].max(initial=0)) for most in _most(side, together))
+    begins = beginnings(many, side["common"]) if together else np.minimum(many, 1)
+    once = (visit - begins) * (side["common"] + tokens)  # what is computed more than once where packs do not share
+    most_slots, most_frames = (int(most[train].max(initial=0)) for most in _most(side, together, None))
+    most_shared_slots, most_shared_frames = (int(most[train].max(initial=0)) for most in _most(side, together, 0))
     digest = hashlib.sha256()
     for name in ("n_samples", "source", "reason", "until", "slots", "targets", "keys"):
         digest.update(side[name].tobytes())
@@ -368,6 +424,10 @@ def _table_row(side: SideFile, shard: ShardFile, rule: Rule, together: bool) -> 
         shard, records=len(n_samples), train=len(train), held_out=int((usable & apart).sum()), skipped=dict(skipped),
         samples=int(n_samples[train].sum()), slots=float(((text + tokens) * visit)[train].sum()),
         frames=int((n_frames * visit)[train].sum()), most_slots=most_slots, most_frames=most_frames,
+        shared_slots=float(((text + tokens) * visit - once)[train].sum()),
+        shared_frames=int((n_frames * begins)[train].sum()), begins=int(begins[train].sum()),
+        most_shared_slots=most_shared_slots, most_shared_frames=most_shared_frames, lead=side.about["lead"],
+        common=hashlib.sha256(side["common"].tobytes()).hexdigest()[:16],
         digest=digest.hexdigest()[:16], damage=side.about["damage"],
     )  # fmt: skip
 

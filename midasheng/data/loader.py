@@ -10,7 +10,7 @@ import threading
 import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 from midasheng import frames
 from midasheng.data.audio import Skip, decode
-from midasheng.data.chat import Chat, Encoded
+from midasheng.data.chat import Chat, Encoded, agreeing, lead, trunk
 from midasheng.data.index import CorpusIndex, Record
 from midasheng.data.ledger import Skipped
 from midasheng.data.manifest import Card, ManifestError
@@ -131,6 +131,16 @@ class _Shares(Sampler[Share]):
             yield Share(step.number, step.share(self.rank, self.world), skipped, step.state_after)
 
 
+class Tokenised(NamedTuple):
+    """A record, the bytes of its audio, and its conversation (all of them where `answers: all`) tokenised. `common`:
+    how many slots, its audio's among them, these share; 0 where each stands for itself."""
+
+    record: Record
+    audio: bytes
+    encoded: list[Encoded]
+    common: int
+
+
 class Loading(Dataset[StepBatch]):
     """Share -> StepBatch. A record that cannot be read or decoded leaves a hole in its pack and a line in the
     ledger."""
@@ -160,14 +170,14 @@ class Loading(Dataset[StepBatch]):
                     good = 0
                 trained.append((p.corpus, p.epoch, p.position, good))
             audio[used:] = 0.0
-            packs.append(pack(samples, self.budget.pack_slots, self.chat.pad, audio, self.budget.pack_frames))
+            shared = self.budget.lead_slots if samples else 0  # nothing but holes shares nothing
+            packs.append(pack(samples, self.budget.pack_slots, self.chat.pad, audio, self.budget.pack_frames, shared))
         rows = np.asarray(trained, dtype=np.int64).reshape(-1, 4)
         numbers = tuple(n for n, _ in share.packs)
         return StepBatch(share.step, numbers, tuple(packs), tuple(skipped), share.state_after, rows, checksum)
 
-    def _text(self, p: Planned, read: bytes | StorageError | Unreachable) -> tuple[Record, bytes, list[Encoded]] | Skip:
-        """One planned sample: its record, the bytes of its audio, its conversation (all of them where `answers: all`)
-        tokenised; or why it cannot be used."""
+    def _text(self, p: Planned, read: bytes | StorageError | Unreachable) -> Tokenised | Skip:
+        """One planned sample, tokenised; or why it cannot be used."""
         if not isinstance(read, bytes):
             return Skip("shard gone" if isinstance(read, StorageError) else "unreachable")
         try:
@@ -179,26 +189,34 @@ class Loading(Dataset[StepBatch]):
         chosen = record.variants if p.variant == ALL else record.variants[p.variant : p.variant + 1]
         tokens = [frames.audio_tokens(record.n_samples)] if record.audio else []
         encoded = [self.chat.encode(variant.turns, tokens) for variant in chosen]
-        if sum(len(e.ids) for e in encoded) != p.slots:
+        common = 0
+        if self.budget.lead is not None:
+            if any(agreeing(lead(e), self.budget.lead) < len(self.budget.lead) for e in encoded):
+                return Skip("differs from index")
+            if (common := trunk(encoded)) <= self.budget.lead_slots:  # no trunk beside the lead
+                common = 0
+        begins = 1 if common else len(encoded)
+        slots = sum(len(e.ids) for e in encoded) - (len(encoded) - begins) * common - begins * self.budget.lead_slots
+        if slots != p.slots:
             return Skip("differs from index")  # the shard was written anew under the run
-        return record, data, encoded
+        return Tokenised(record, data, encoded, common)
 
-    def _samples(
-        self, p: Planned, text: tuple[Record, bytes, list[Encoded]] | Skip, into: NDArray[np.float32]
-    ) -> list[Sample]:  # fmt: skip
-        """The conversations of one planned sample with its clip, end to end in `into`. Raises Skip."""
+    def _samples(self, p: Planned, text: Tokenised | Skip, into: NDArray[np.float32]) -> list[Sample]:
+        """The conversations of one planned sample, each with its clip, or the first of them with the clip that they
+        share; clips lie end to end in `into`. Raises Skip."""
         if isinstance(text, Skip):
             raise text
-        record, data, encoded = text
+        record, data, encoded, common = text
         card, length = self.corpora[p.corpus].card, record.n_samples
         if record.audio:
             decode(data, length, into[:length])
         samples = []
         for number, e in enumerate(encoded):
-            clips = (into[number * length : (number + 1) * length],) if record.audio else ()
+            continues = common if number else 0
+            clips = (into[number * length : (number + 1) * length],) if record.audio and not continues else ()
             if clips and number:
                 clips[0][:] = into[:length]
-            samples.append(Sample(card.name, record.key, card.task, e.ids, e.labels, e.is_audio, clips))
+            samples.append(Sample(card.name, record.key, card.task, e.ids, e.labels, e.is_audio, clips, continues))
         return samples
 
 

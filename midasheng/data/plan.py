@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 
 from midasheng import frames
 from midasheng.config import UserError, length
-from midasheng.data.index import Columns
+from midasheng.data.chat import agreeing
+from midasheng.data.index import Columns, beginnings
 from midasheng.data.manifest import Card
 from midasheng.sample import counter_seed
 
@@ -101,11 +102,23 @@ class PlannedStep:
 
 @dataclass(frozen=True)
 class Budget:
-    """Fixed shape of a pack, and packs per step."""
+    """Fixed shape of a pack, and packs per step. `lead`: ids that all samples begin with and that stand once in a
+    pack; None where its samples share nothing."""
 
     pack_slots: int
     pack_frames: int
     packs_per_step: int
+    lead: tuple[int, ...] | None = None
+
+    @property
+    def lead_slots(self) -> int:
+        """Slots of the lead."""
+        return len(self.lead or ())
+
+    @property
+    def own_slots(self) -> int:
+        """Slots of a pack for what its samples do not begin with in common; what a sample costs counts against them."""
+        return self.pack_slots - self.lead_slots
 
 
 class Group(NamedTuple):
@@ -132,7 +145,7 @@ def _mixed(numbers: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def _fits(rows: Rows, budget: Budget) -> NDArray[np.bool_]:
     """Which samples alone fit a pack."""
-    fits: NDArray[np.bool_] = (rows[:, SLOTS] <= budget.pack_slots) & (rows[:, FRAMES] <= budget.pack_frames)
+    fits: NDArray[np.bool_] = (rows[:, SLOTS] <= budget.own_slots) & (rows[:, FRAMES] <= budget.pack_frames)
     return fits
 
 
@@ -152,12 +165,16 @@ class Planner:
 
     def fingerprint(self) -> dict[str, Any]:
         """Everything the plan depends on, by name; a resume under another one is refused."""
+        lead = self.budget.lead
+        share = {} if lead is None else {
+            "share": {"lead": list(lead), "common": {c.card.name: c.summary.shared.fingerprint for c in self.corpora}}
+        }  # fmt: skip
         return {
             "seed": self.seed, "mix": {c.card.name: p for c, p in zip(self.corpora, self.percent, strict=True)},
             "budget": [self.budget.pack_slots, self.budget.pack_frames, self.budget.packs_per_step],
             "index": {c.card.name: [c.summary.fingerprint, c.card.answers] for c in self.corpora},
             "rules": [BLOCK, GROUP, WINDOW, ARRIVAL],
-        }  # fmt: skip
+        } | share  # fmt: skip
 
     @property
     def _key(self) -> object:
@@ -189,6 +206,7 @@ class Planner:
             np.concatenate([p.n_samples for p in parts]),
             np.concatenate([p.until + b for p, b in zip(parts, before[:-1], strict=True)]),
             np.concatenate([p.slots for p in parts]), np.concatenate([p.targets for p in parts]),
+            np.concatenate([p.common for p in parts]),
         )  # fmt: skip
         return Group(int(until[number - 1]) if number else 0, records[order], order, columns)
 
@@ -226,18 +244,23 @@ class Planner:
         heard = card.audio & (columns.n_samples[of] > 0)
         n_samples = columns.n_samples[of]
         tokens, n_frames = heard * frames.audio_tokens(n_samples), heard * frames.frames(n_samples)
+        begins = np.ones(len(of), dtype=np.int64)
         if card.answers == "all":
-            many = until - first
+            many = begins = until - first
             sums = [np.concatenate([[0], np.cumsum(c, dtype=np.int64)]) for c in (columns.slots, columns.targets)]
             slots, targets = (total[until] - total[first] for total in sums)
-            variant, tokens, n_frames = np.full(len(of), ALL), tokens * many, n_frames * many
+            if self.budget.lead is not None:
+                begins = beginnings(many, columns.common[of])
+                slots = slots - (many - begins) * columns.common[of]
+            variant, tokens, n_frames = np.full(len(of), ALL), tokens * begins, n_frames * begins
         else:
             base = np.uint64(counter_seed(self._key, "variant", card.name, epoch))
             draw = _mixed(_mixed(group.record[near].astype(np.uint64) + np.uint64(1)) ^ base)
             variant = (draw % (until - first).astype(np.uint64)).astype(np.int64)
             slots, targets = columns.slots[first + variant], columns.targets[first + variant]
+        slots = slots + tokens - begins * self.budget.lead_slots
         fixed = np.full((2, len(of)), [[corpus], [epoch]])
-        columns_of = (near + group.first, group.record[near], variant, slots + tokens, n_frames, targets)
+        columns_of = (near + group.first, group.record[near], variant, slots, n_frames, targets)
         return np.stack([*fixed, *columns_of], axis=1).astype(np.int64)
 
     # -- mix ----------------------------------------------------------------------------------------------------
@@ -302,7 +325,7 @@ class Planner:
 
     def _pack(self) -> Rows:
         """Fill one pack from the pool: in the order of arrival up to ARRIVAL of a budget, then from a window."""
-        limit = np.array([self.budget.pack_slots, max(1, self.budget.pack_frames)])
+        limit = np.array([self.budget.own_slots, max(1, self.budget.pack_frames)])
         while True:
             used = np.cumsum(self._pool[:, [SLOTS, FRAMES]], axis=0)
             full = np.any((used > limit) | (used - self._pool[:, [SLOTS, FRAMES]] >= ARRIVAL * limit), axis=1)
@@ -397,6 +420,13 @@ def differences(before: dict[str, Any], now: dict[str, Any]) -> str:
     for corpus in [c for c in before["index"] if c in now["index"]]:
         if before["index"][corpus] != now["index"][corpus]:
             found.append(f"index: the records, shards or token counts of {corpus} have changed")
+    was, is_ = before.get("share"), now.get("share")
+    if bool(was) != bool(is_):
+        found.append(f"batch.share was {bool(was)} and is {bool(is_)}")
+    elif was and is_ and was["lead"] != is_["lead"]:
+        found.append(f"the lead that all samples share was {was['lead']} and is {is_['lead']}")
+    elif was and is_ and was["common"] != is_["common"]:
+        found.append("index: what the conversations of a record have in common has changed")
     return "; ".join(found)
 
 
@@ -408,7 +438,7 @@ def check_fits(planner: Planner) -> None:
         rows = planner._samples(number, 0, group, np.arange(len(group.record)))
         fits = _fits(rows, shape)
         if fits.mean() < LEAST_FIT:
-            need = rows[~fits][:, [SLOTS, FRAMES]] / [shape.pack_slots, max(1, shape.pack_frames)]
+            need = rows[~fits][:, [SLOTS, FRAMES]] / [max(1, shape.own_slots), max(1, shape.pack_frames)]
             longest = Planned._make(rows[~fits][need.max(axis=1).argmax()].tolist())
             raise UserError(
                 f"corpus {corpus.card.name}: {(~fits).sum()} of {len(fits)} samples fit no pack of "
@@ -419,6 +449,7 @@ def check_fits(planner: Planner) -> None:
 
 def named(key: str, slots: int, n_frames: int, shape: Budget) -> str:
     """The dearest of the samples that fit no pack, and what to write about them."""
+    slots += shape.lead_slots  # as it would stand in a pack alone
     larger = [f"batch.pack_slots={-(-slots // SLOT_UNIT) * SLOT_UNIT} (kind throughput)"] * (slots > shape.pack_slots)
     larger += [f"batch.pack_frames={n_frames}"] * (n_frames > shape.pack_frames)
     return (
@@ -427,26 +458,41 @@ def named(key: str, slots: int, n_frames: int, shape: Budget) -> str:
     )
 
 
-def mean_cost(corpora: Sequence[Corpus], percent: Sequence[float]) -> tuple[float, float]:
-    """Mean (slots, frames) of a sample of the mix, all variants alike."""
+def lead_of(corpora: Sequence[Corpus]) -> tuple[int, ...]:
+    """The ids that all samples of these corpora begin with."""
+    first, *others = (c.summary.shared.lead for c in corpora)
+    return tuple(first[: min((agreeing(first, lead) for lead in others), default=len(first))])
+
+
+def mean_cost(
+    corpora: Sequence[Corpus], percent: Sequence[float], lead: tuple[int, ...] | None = None
+) -> tuple[float, float]:
+    """Mean (slots, frames) of a sample of the mix, all variants alike; `lead` as in Budget."""
     share = np.asarray(percent) / np.sum(percent)
-    means = np.asarray([(c.summary.mean_slots, c.summary.mean_frames) for c in corpora])
+    if lead is None:
+        means = np.asarray([(c.summary.mean_slots, c.summary.mean_frames) for c in corpora])
+    else:
+        shared = [c.summary.shared for c in corpora]
+        means = np.asarray([(s.mean_slots - s.begins * len(lead), s.mean_frames) for s in shared])
     slots, n_frames = share @ means
     return float(slots), float(n_frames)
 
 
 def budget(
     corpora: Sequence[Corpus], percent: Sequence[float], *, kind: str, clips_per_step: int, packs_per_step: int,
-    pack_slots: int, pack_frames: int,
+    pack_slots: int, pack_frames: int, share: bool = False,
 ) -> Budget:  # fmt: skip
     """Shape of a pack. kind "report": as many slots as `clips_per_step` samples need on average; "throughput":
-    `pack_slots` as given. `pack_frames` 0: in the mix's own ratio of frames to slots, with ROOM."""
-    mean_slots, mean_frames = mean_cost(corpora, percent)
+    `pack_slots` as given. `pack_frames` 0: in the mix's own ratio of frames to slots, with ROOM. `share`: what samples
+    begin with in common stands once in a pack."""
+    lead = lead_of(corpora) if share else None
+    once = len(lead or ())
+    mean_slots, mean_frames = mean_cost(corpora, percent, lead)
     if kind == "report":
-        pack_slots = -(-round(clips_per_step * mean_slots) // packs_per_step)
+        pack_slots = -(-round(clips_per_step * mean_slots) // packs_per_step) + once
     if not pack_frames and mean_frames:
-        pack_frames = round(pack_slots * mean_frames / mean_slots * ROOM)
-    return Budget(pack_slots, pack_frames, packs_per_step)
+        pack_frames = round(max(0, pack_slots - once) * mean_frames / mean_slots * ROOM)
+    return Budget(pack_slots, pack_frames, packs_per_step, lead)
 
 
 def steps_of(text: str, name: str, planner: Planner) -> int:

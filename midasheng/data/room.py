@@ -40,13 +40,13 @@ class Sources:
         b = stage.batch
         return budget(
             self.corpora, self.mix.percent, kind=b.kind, clips_per_step=b.clips_per_step,
-            packs_per_step=b.packs_per_step, pack_slots=pack_slots, pack_frames=b.pack_frames,
+            packs_per_step=b.packs_per_step, pack_slots=pack_slots, pack_frames=b.pack_frames, share=b.share,
         )  # fmt: skip
 
-    def most(self) -> tuple[int, int]:
-        """(slots, frames) of the dearest samples."""
-        rows = [row for corpus in self.corpora for row in corpus.rows]
-        return max(row.most_slots for row in rows), max(row.most_frames for row in rows)
+    def most(self, lead: tuple[int, ...] | None = None) -> tuple[int, int]:
+        """(slots, frames) of the dearest samples; `lead` as in Budget."""
+        most = [row.most(None if lead is None else len(lead)) for corpus in self.corpora for row in corpus.rows]
+        return max(slots for slots, _ in most), max(n_frames for _, n_frames in most)
 
 
 @dataclass(frozen=True)
@@ -120,9 +120,10 @@ def _unfit(corpora: Sequence[CorpusIndex], shape: Budget) -> tuple[str, ...]:
     """For each corpus with records that may fit no pack: how many, and the longest by name."""
     notes = []
     for corpus in corpora:
-        over = list(corpus.over(shape.pack_slots, shape.pack_frames))
+        lead = None if shape.lead is None else shape.lead_slots
+        over = list(corpus.over(shape.own_slots, shape.pack_frames, lead))
         if over:
-            limits = shape.pack_slots, max(1, shape.pack_frames)
+            limits = max(1, shape.own_slots), max(1, shape.pack_frames)
             key, slots, n_frames = max(over, key=lambda o: max(o[1] / limits[0], o[2] / limits[1]))
             notes.append(
                 f"corpus {corpus.card.name}: {len(over)} of {len(corpus)} records may fit no pack (then skipped); "

@@ -21,12 +21,12 @@ from webdataset.tariterators import base_plus_ext
 
 from midasheng.config import HEARD
 from midasheng.data.audio import Skip, decode, planned_samples
-from midasheng.data.chat import Chat
+from midasheng.data.chat import Chat, agreeing, lead, trunk
 from midasheng.data.manifest import Card, ManifestError, conversations
 from midasheng.data.storage import ShardFile, local_copy
 from midasheng.sample import NO_TARGET, unit_hash
 
-VERSION = 1  # of side files and tables; raise it when their content changes
+VERSION = 2  # of side files and tables; raise it when their content changes
 MOST_PADDING = 2**20  # zeros that a writer may end a tar with
 AUDIO_EXTENSIONS = ("flac", "wav", "mp3", "ogg", "opus")
 
@@ -150,7 +150,8 @@ class Reading:
         """One record as a row of the side file. Raises ManifestError."""
         row: dict[str, Any] = {
             "key": found.key, "span": Span(0, 0), "json": Span(0, 0), "audio": Span(0, 0), "n_samples": 0,
-            "source": unit_hash("held_out:" + found.key), "reason": found.reason, "counts": [],
+            "source": unit_hash("held_out:" + found.key), "reason": found.reason, "counts": [], "common": 0,
+            "leads": [],
         }  # fmt: skip
         if found.reason:
             return row
@@ -178,9 +179,13 @@ class Reading:
                 row["n_samples"] = planned_samples(data)
                 if unit_hash("decode:" + found.key) < self.decode_share:
                     decode(data, row["n_samples"])
-            for turns in conversations(self.card, content, where, self.clips):
-                encoded = self.chat.encode(turns, [0] * sum(t.clips for t in turns))
-                row["counts"].append((len(encoded.ids), int((encoded.labels != NO_TARGET).sum())))
+            made = [  # one audio token shows where audio stands
+                self.chat.encode(turns, [1] * sum(t.clips for t in turns))
+                for turns in conversations(self.card, content, where, self.clips)
+            ]
+            row["counts"] = [(int((~e.is_audio).sum()), int((e.labels != NO_TARGET).sum())) for e in made]
+            row["common"] = int((~made[0].is_audio[: trunk(made)]).sum())
+            row["leads"] = [lead(e) for e in made]
         except Skip as skip:
             row["reason"] = skip.reason
         return row
@@ -212,10 +217,13 @@ def parsed(data: bytes) -> dict[str, Any]:
 
 
 def write_side_file(path: Path, shard: ShardFile, rows: Sequence[dict[str, Any]], damage: Sequence[str]) -> None:
-    """Write the columns of one shard, whole or not at all."""
+    """Write the columns of one shard, whole or not at all. Its `lead`: the ids that all conversations of its usable
+    records begin with."""
     reasons = sorted({r["reason"] for r in rows if r["reason"]})
     keys = [r["key"].encode() for r in rows]
     counts = np.asarray([c for r in rows for c in r["counts"]], dtype=np.int32).reshape(-1, 2)
+    leads = [ids for r in rows if not r["reason"] for ids in r["leads"]]
+    shared = min((agreeing(leads[0], ids) for ids in leads), default=0)
     columns: dict[str, NDArray[Any]] = {
         "span": np.asarray([r["span"] for r in rows], dtype=np.int64).reshape(-1, 2),
         "json": np.asarray([r["json"] for r in rows], dtype=np.uint32).reshape(-1, 2),
@@ -226,10 +234,12 @@ def write_side_file(path: Path, shard: ShardFile, rows: Sequence[dict[str, Any]]
         "until": np.cumsum([len(r["counts"]) for r in rows], dtype=np.int32),
         "slots": np.ascontiguousarray(counts[:, 0]),
         "targets": np.ascontiguousarray(counts[:, 1]),
+        "common": np.asarray([r["common"] for r in rows], dtype=np.int32),
         "key_until": np.cumsum([len(k) for k in keys], dtype=np.int64),
         "keys": np.frombuffer(b"".join(keys), dtype=np.uint8),
     }
-    save_columns(path, columns, {"shard": asdict(shard), "reasons": reasons, "damage": list(damage)})
+    about = {"shard": asdict(shard), "reasons": reasons, "damage": list(damage)}
+    save_columns(path, columns, about | {"lead": leads[0][:shared].tolist() if leads else []})
 
 
 def save_columns(path: Path, columns: dict[str, NDArray[Any]], about: dict[str, Any]) -> None:

@@ -173,8 +173,26 @@ def header(order: Order, data: DataRoom, kernels: str, memory_lines: Sequence[st
         f"{b.pack_slots} slots and {b.pack_frames} frames; {stage.optim.name}, lr {stage.optim.lr:g}, "
         f"{stage.run.precision}"
     )
+    if b.lead is not None:
+        lines.append(f"  {shared(b.lead_slots, data.corpora)}")
     lines += [f"  note: {note}" for note in data.notes]
     return "\n".join([*lines, kernels, *memory_lines]) + "\n"
+
+
+def shared(lead: int, corpora: Sequence[CorpusIndex]) -> str:
+    """What packs compute once, for the header."""
+    parts = [f"{lead} leading slots are computed once per pack"]
+    for corpus in corpora:
+        s, name = corpus.summary, corpus.card.name
+        if corpus.card.answers == "all" and s.shared.mean_slots < s.mean_slots:
+            parts.append(
+                f"`answers: all` of {name} shares what a record's conversations begin with: {s.shared.mean_slots:.0f} "
+                f"slots and {s.shared.mean_frames:.0f} frames a visit instead of {s.mean_slots:.0f} and "
+                f"{s.mean_frames:.0f}"
+            )
+        elif corpus.card.answers == "all":
+            parts.append(f"`answers: all` of {name} shares nothing besides")
+    return "; ".join(parts)
 
 
 def fit(order: Order) -> None:

@@ -98,39 +98,46 @@ def size_of(tensors: Sequence[Tensor]) -> int:
 
 @dataclass(frozen=True)
 class Dearest:
-    """The largest that a mix has: slots and frames of one sample, share of a pack's slots that are targets."""
+    """The largest that a mix has: slots and frames of one sample, share of a pack's slots that are targets; `lead`: the
+    slots that stand once in a pack, beside those of its samples."""
 
     slots: int
     frames: int
     targets: float
+    lead: int = 0
 
 
 def dearest(sources: Sources, planner: Planner) -> Dearest:
     """What packs are to be tried with. `planner` is at its beginning and is used up."""
-    slots, n_frames = sources.most()
+    slots, n_frames = sources.most(planner.budget.lead)
     packs = [chosen for step in islice(planner, LOOK) for chosen in step.packs]
     share = max(sum(s.targets for s in chosen) for chosen in packs) / planner.budget.pack_slots
-    return Dearest(slots, n_frames, share)
+    return Dearest(slots, n_frames, share, planner.budget.lead_slots)
 
 
 def full_pack(n_frames: int, slots: int, most: Dearest, vocabulary: int) -> Pack:
     """A pack of noise without any room left, in as few conversations as the dearest sample allows."""
-    many = max(1, -(-slots // max(1, most.slots)), -(-n_frames // max(1, most.frames)))
+    lead = min(most.lead, slots - 1)
+    left = slots - lead
+    many = max(1, -(-left // max(1, most.slots)), -(-n_frames // max(1, most.frames)))
+    if lead:  # each has a slot of its own
+        many = min(many, left)
     draw = np.random.default_rng(0)
+    begin = draw.integers(0, vocabulary, lead)
     samples = []
     for i in range(many):
-        own = slots * (i + 1) // many - slots * i // many
+        own = left * (i + 1) // many - left * i // many
         heard = n_frames * (i + 1) // many - n_frames * i // many
         heard = min(heard, max(0, own - 2) * frames.STACK + frames.STACK - 1)
         tokens = heard // frames.STACK
         clips = [0.1 * draw.standard_normal(frames.most_samples(heard), dtype=np.float32)] if tokens else []
-        is_audio = np.arange(own) < tokens
+        place = np.arange(-lead, own)
+        is_audio = (place >= 0) & (place < tokens)
         targets = min(round(own * most.targets), own - tokens)
-        labels = np.where(np.arange(own) < own - targets, NO_TARGET, draw.integers(0, vocabulary, own))
-        samples.append(
-            Sample("tried", f"tried{i}", "tried", draw.integers(0, vocabulary, own), labels, is_audio, tuple(clips))
-        )
-    return pack(samples, slots, 0, None, n_frames)
+        labels = np.where(place < own - targets, NO_TARGET, draw.integers(0, vocabulary, lead + own))
+        ids = np.concatenate([begin, draw.integers(0, vocabulary, own)])
+        samples.append(Sample("tried", f"tried{i}", "tried", ids, labels, is_audio, tuple(clips)))
+    return pack(samples, slots, 0, None, n_frames, lead)
 
 
 # -- what a pack takes -------------------------------------------------------------------------------------------------
@@ -208,8 +215,12 @@ class Memory:
 
         def choice(number: int) -> Budget:  # from small to large
             packs = MOST_PACKS + 1 - number if report else shape.packs_per_step
-            slots = -(-shape.pack_slots * shape.packs_per_step // packs) if report else number * SLOT_UNIT
-            return Budget(slots, stage.batch.pack_frames or -(-slots * shape.pack_frames // shape.pack_slots), packs)
+            once = shape.lead_slots
+            slots = once - (-shape.own_slots * shape.packs_per_step // packs) if report else number * SLOT_UNIT
+            n_frames = -(-max(0, slots - once) * shape.pack_frames // shape.own_slots)
+            return dataclasses.replace(
+                shape, pack_slots=slots, pack_frames=stage.batch.pack_frames or n_frames, packs_per_step=packs
+            )
 
         while low < high:
             middle = (low + high + 1) // 2

@@ -78,7 +78,7 @@ def test_unusable_record_is_left_out_and_counted(tmp_path, chat, members, reason
     write(tmp_path / "b.tar", members)
     alone = opened(CARD, tmp_path, chat)
     assert (len(alone), alone.summary.reasons, alone.held_out) == (0, {reason: 1}, ())
-    assert [c.tolist() for c in alone.columns(0)] == [[], [], [], []]
+    assert [c.tolist() for c in alone.columns(0)] == [[], [], [], [], []]
 
 
 @pytest.mark.parametrize("share", [1.0, 0.0])

@@ -98,7 +98,13 @@ class Simulated:
     def columns(self, shard: int) -> Columns:
         rng = np.random.default_rng([shard, len(self.card.name)])
         seconds = np.clip(rng.lognormal(1.6, 0.7, 1000), 0.3, 30)
-        return Columns((seconds * 16_000).astype(int), np.arange(1, 1001), rng.integers(20, 60, 1000), np.full(1000, 9))
+        return Columns(
+            (seconds * 16_000).astype(int),
+            np.arange(1, 1001),
+            rng.integers(20, 60, 1000),
+            np.full(1000, 9),
+            np.zeros(1000, int),
+        )
 
 
 def test_a_sample_costs_about_a_byte(tmp_path):

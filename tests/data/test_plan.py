@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from midasheng import frames
 from midasheng.config import UserError
 from midasheng.data import plan as plan_room
-from midasheng.data.index import Columns, Summary
+from midasheng.data.index import Columns, Shared, Summary
 from midasheng.data.manifest import Card
 from midasheng.data.plan import (
     ALL,
@@ -33,6 +33,7 @@ from midasheng.data.plan import (
     steps_of,
 )
 
+NOTHING = Shared((), 0.0, 0.0, 0.0, "")
 RECORD = Planned._fields.index("record")
 WORLDS = (1, 2, 3, 4, 8, 16, 40, 72, 80)
 
@@ -49,6 +50,8 @@ class Corpus:
     n_samples: NDArray[np.int64]
     slots: tuple[tuple[int, ...], ...]
     targets: tuple[tuple[int, ...], ...]
+    common: tuple[int, ...] = ()  # of each record; none where it is empty
+    lead: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.slots)
@@ -58,18 +61,26 @@ class Corpus:
         here = slice(first, first + int(self.counts[shard]))
         slots, targets = self.slots[here], self.targets[here]
         until = np.cumsum([len(s) for s in slots])
-        return Columns(self.n_samples[here], until, np.concatenate(slots), np.concatenate(targets))
+        common = np.array((self.common or (0,) * len(self))[here])
+        return Columns(self.n_samples[here], until, np.concatenate(slots), np.concatenate(targets), common)
 
     def key(self, number: int) -> str:
         return f"record {number}"
 
-    def cost(self, record: int, variant: int) -> tuple[int, int, int]:
-        """(slots, frames, targets) of a sample, in plain words."""
+    def cost(self, record: int, variant: int, lead: int | None = None) -> tuple[int, int, int]:
+        """(slots, frames, targets) of a sample, in plain words; `lead` None where packs share nothing."""
         chosen = range(len(self.slots[record])) if variant == ALL else [variant]
         n_samples = int(self.n_samples[record])
         tokens, n_frames = (frames.audio_tokens(n_samples), frames.frames(n_samples)) if n_samples else (0, 0)
         slots = sum(self.slots[record][v] + tokens for v in chosen)
-        return slots, n_frames * len(chosen), sum(self.targets[record][v] for v in chosen)
+        told = sum(self.targets[record][v] for v in chosen)
+        if lead is None:
+            return slots, n_frames * len(chosen), told
+        if variant == ALL and self.common and self.common[record]:
+            trunk = self.common[record] + tokens
+            leaves = [self.slots[record][v] + tokens - trunk for v in chosen]
+            return trunk - lead + sum(leaves), n_frames, told
+        return slots - lead * len(chosen), n_frames * len(chosen), told
 
     @cached_property
     def summary(self) -> Summary:
@@ -78,15 +89,22 @@ class Corpus:
             for r, s in enumerate(self.slots)
         ]
         slots, n_frames = np.mean(visits, axis=0).tolist()
+        every = [[ALL] if self.card.answers == "all" else range(len(s)) for s in self.slots]
+        once = [
+            [np.mean([self.cost(r, v, lead)[:2] for v in of], axis=0) for r, of in enumerate(every)] for lead in (0, 1)
+        ]
+        (shared_slots, shared_frames), (less, _) = np.mean(once, axis=1).tolist()
+        digest = hashlib.sha256(repr(self.common).encode()).hexdigest()[:16]
+        shared = Shared(self.lead, shared_slots, shared_frames, shared_slots - less, digest)
         content = (self.counts.tolist(), self.n_samples.tolist(), self.slots, self.targets)
         digest = hashlib.sha256(repr(content).encode()).hexdigest()[:16]
-        return Summary(self.n_samples.sum() / frames.SAMPLE_RATE / 3600, slots, n_frames, digest, {}, ())
+        return Summary(self.n_samples.sum() / frames.SAMPLE_RATE / 3600, slots, n_frames, digest, {}, (), shared)
 
     def first(self, count: int) -> "Corpus":
         """Its first records, in one shard."""
         return replace(
             self, counts=np.array([count]), n_samples=self.n_samples[:count], slots=self.slots[:count],
-            targets=self.targets[:count],
+            targets=self.targets[:count], common=self.common[:count],
         )  # fmt: skip
 
 
@@ -541,11 +559,11 @@ class Huge(Corpus):
 
     def columns(self, shard: int) -> Columns:
         few = np.ones(self.counts[shard], dtype=np.int16)
-        return Columns(0 * few, np.arange(1, len(few) + 1, dtype=np.int32), few, few)
+        return Columns(0 * few, np.arange(1, len(few) + 1, dtype=np.int32), few, few, 0 * few)
 
     @cached_property
     def summary(self) -> Summary:
-        return Summary(0.0, 1.0, 0.0, hashlib.sha256(self.card.name.encode()).hexdigest()[:16], {}, ())
+        return Summary(0.0, 1.0, 0.0, hashlib.sha256(self.card.name.encode()).hexdigest()[:16], {}, (), NOTHING)
 
 
 @pytest.mark.parametrize(("clips", "most"), [(5000, 900), (100, 1400)])

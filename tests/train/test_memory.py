@@ -156,6 +156,25 @@ def test_more_frames_than_slots_can_hold_are_cut():
     assert sum(row.chunks) == 10_000  # the encoder runs over them all the same
 
 
+def test_a_full_pack_that_shares_holds_its_lead_once(monkeypatch):
+    laid = []
+    monkeypatch.setattr(memory, "pack", lambda *args: laid.append(args))
+    full_pack(900, 400, Dearest(400, 300, 0.3, 14), VOCAB)
+    full_pack(900, 16, Dearest(400, 300, 0.3, 14), VOCAB)
+    full_pack(0, 10, Dearest(400, 300, 0.3, 14), VOCAB)
+    for (samples, slots, _, _, n_frames, lead), many in zip(laid, (3, 2, 1), strict=True):
+        assert len(samples) == many
+        assert lead == min(14, slots - 1)
+        assert lead + sum(len(s.ids) - lead for s in samples) == slots
+        assert len({tuple(s.ids[:lead]) for s in samples}) == 1
+        for s in samples:
+            assert len(s.ids) > lead
+            assert not s.is_audio[:lead].any()
+            assert (s.labels[:lead] == -100).all()
+            assert sum(frames.audio_tokens(len(c)) for c in s.clips) == s.is_audio.sum()
+        assert sum(frames.frames(len(c)) for s in samples for c in s.clips) <= n_frames
+
+
 def lora_lm() -> AudioLM:
     """As in stage 2: encoder and projector learn, and LoRA with dropout."""
     lm = tiny_lm()
@@ -295,6 +314,11 @@ def test_the_largest_budget_is_the_last_that_fits(kind, packs):
         assert next_one is None or by_hand(next_one) > limit
     assert len({b.pack_slots for b in chosen}) >= 2
     assert step.largest(fit, stage, shape, 1_049) is None
+    # where packs share, each has its lead besides: twice as many have half of the rest
+    shared = step.largest(fit, stage, Budget(1000 + 20, 500, packs, (1,) * 20), limit)
+    each = 1000 * packs / shared.packs_per_step if kind == "report" else shared.pack_slots - 20
+    assert shared.own_slots == pytest.approx(each, abs=1)
+    assert shared.pack_frames == pytest.approx(shared.own_slots / 2, abs=1)
     stage.batch.pack_frames = 77
     assert step.largest(fit, stage, shape, 1e9).pack_frames == 77
 
