@@ -77,7 +77,7 @@ class Piece(NamedTuple):
     """A stretch of a segment: tokens that make whole characters, or the audio slots of a clip."""
 
     first: int  # slot
-    count: int
+    slots: int
     text: str
     special: bool
     asked: bool  # the slot before must predict it

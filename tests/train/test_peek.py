@@ -2,7 +2,9 @@
 
 import base64
 import io
+import json
 import re
+import sys
 from dataclasses import replace
 from itertools import pairwise
 
@@ -14,6 +16,7 @@ import torch
 from midasheng import frames
 from midasheng.config import UserError
 from midasheng.data import peek as judge
+from midasheng.data import plan
 from midasheng.data.chat import Chat
 from midasheng.data.loader import conversation, train_loader
 from midasheng.data.manifest import Card, read_mix
@@ -25,7 +28,8 @@ from midasheng.sample import NO_TARGET, Pack, Turn, bounds, pack
 from midasheng.train import peek
 from midasheng.train.fit import build, open_starts
 from midasheng.train.module import Stopped
-from tests.conftest import Tiny, order_for, run_stage, tone
+from stages import peek as command_room
+from tests.conftest import CONFIGS, Tiny, order_for, run_stage, tone
 from tests.model import OMNI, tiny_lm
 from tests.train.test_resume import stop_after
 
@@ -319,3 +323,82 @@ def test_the_pack_is_the_one_that_is_trained_on(tiny_data, tmp_path):
         planner_before(data, 0, 4)
     with pytest.raises(UserError, match="PACK=2: a step has packs 0 to 1"):
         choose(data, planner_before(data, 0, 0), 2)
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_a_step_of_a_run_whose_mix_changed(tiny_data, tmp_path, monkeypatch, every):
+    """Also between two saved states, the first of which knew nothing of the change."""
+    monkeypatch.setattr(plan, "BLOCK", 8)  # samples that are drawn together, in the mix of their step
+    monkeypatch.setattr(plan, "WINDOW", 8)
+    stage = order_for("stage2_pretrain", tiny_data, tmp_path, run__length="8 steps").stage
+    data = read_data(stage, make=True)
+    (tmp_path / "ledger").mkdir()
+    planner, planned, states = data.planner(0), [], []
+    for step in range(8):
+        if step == 2:
+            planner.change(4, (0.0, 100.0))
+        state = planner.state()
+        planned.append(next(planner).packs)
+        if step and step % every == 0:
+            states.append(json.dumps({"step": step - 1, "plan": state}) + "\n")
+    (tmp_path / "ledger" / "states.jsonl").write_text("".join(states))
+    for step in range(8):
+        assert next(planner_before(data, 0, step, tmp_path)).packs == planned[step], step
+    assert next(planner_before(data, 0, 7)).packs != planned[7]
+
+
+# -- the command -------------------------------------------------------------------------------------------------------
+
+
+def command(monkeypatch, capsys, *arguments: object) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["peek", *map(str, arguments)])
+    status = command_room.main()
+    return status, *capsys.readouterr()
+
+
+def test_the_command(tiny_data, tmp_path, monkeypatch, capsys):
+    settings = ["--runs", tmp_path, "--config", CONFIGS / "stage3_sft.yaml", *tiny_data.settings(run__length="4 steps")]
+    to = tmp_path / "pack.html"
+    status, plain, _ = command(monkeypatch, capsys, *settings, "--step", 2, "--pack", 1, "--to", to)
+    assert (status, plain.splitlines()[0]) == (0, "stage3_sft at mini, mix sft: step 2 of 4, pack 1 of 2")
+    assert "all 10 checks hold" in plain
+    assert "\x1b" not in plain
+    assert "<title>stage3_sft at mini, mix sft: step 2 of 4, pack 1 of 2</title>" in to.read_text()
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    assert "\x1b[32m" in command(monkeypatch, capsys, *settings)[1]
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b" not in command(monkeypatch, capsys, *settings)[1]
+    key = re.search(r"^0  (\S+)", plain, flags=re.M)
+    assert key
+    found = command(monkeypatch, capsys, *settings, "--step", 2, "--key", key[1])[1]
+    assert re.search(rf"^\d+  {re.escape(key[1])}  ", found, flags=re.M)
+    assert "step 2 of 4" in found
+    for wrong_order, said in (
+        (["--name", "none"], "no run"), (["--name", "none", "data.val_clips=1"], "NAME= looks at a run"),
+        ([*settings, "--pack", 9], "PACK=9"), ([*settings, "--to", tmp_path / "no" / "x.html"], "cannot be written"),
+    ):  # fmt: skip
+        status, _, error = command(monkeypatch, capsys, "--runs", tmp_path, *wrong_order)
+        assert (status, said in error) == (2, True), error
+
+
+def test_the_command_ends_with_1_when_a_mask_is_wrong(tiny_data, tmp_path, monkeypatch, capsys):
+    """The bug is in the code that makes the labels; the verdict does not take its word."""
+    encode = Chat.encode
+
+    def unshifted(self, *arguments, **more):
+        made = encode(self, *arguments, **more)
+        return replace(made, labels=np.concatenate([[NO_TARGET], made.labels[:-1]]))
+
+    monkeypatch.setattr(Chat, "encode", unshifted)
+    settings = [
+        "--runs",
+        tmp_path,
+        "--config",
+        CONFIGS / "stage1_align.yaml",
+        *tiny_data.settings(run__length="4 steps"),
+    ]
+    status, said, _ = command(monkeypatch, capsys, *settings)
+    assert status == 1
+    assert "WRONG  labels are shifted by exactly one" in said
+    assert "no label is shifted" in said
