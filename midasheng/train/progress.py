@@ -123,12 +123,13 @@ def ending(folder: Path) -> list[str]:
         first, last = rows[0], rows[-1]
         fall = last["val_loss"] / first["val_loss"] - 1
         lines[0] += f", validation loss {first['val_loss']:.3f} -> {last['val_loss']:.3f} ({fall:+.1%})"
+    lines += speed(folder)
+    if rows:
         lines += verdict(last)
         for mix, row in last.get("also", {}).items():
             before = first.get("also", {}).get(mix)  # data.also may change with a resume
             change = f"{before['val_loss']:.3f} -> {row['val_loss']:.3f}" if before else f"{row['val_loss']:.3f}"
             lines.append(f"also looked at, mix {mix}: validation loss {change}")
-    lines += speed(folder)
     answers = folder / "answers.jsonl"
     return lines + (answer_table(answers) if answers.is_file() else [])
 

@@ -325,26 +325,28 @@ def test_the_pack_is_the_one_that_is_trained_on(tiny_data, tmp_path):
         choose(data, planner_before(data, 0, 0), 2)
 
 
-@pytest.mark.parametrize("every", [1, 3])
-def test_a_step_of_a_run_whose_mix_changed(tiny_data, tmp_path, monkeypatch, every):
-    """Also between two saved states, the first of which knew nothing of the change."""
+def test_a_step_of_a_run_whose_mix_changed(tiny_data, tmp_path, monkeypatch):
+    """Also before the first saved state, and between two, the first of which knew nothing of the change."""
     monkeypatch.setattr(plan, "BLOCK", 8)  # samples that are drawn together, in the mix of their step
     monkeypatch.setattr(plan, "WINDOW", 8)
-    stage = order_for("stage2_pretrain", tiny_data, tmp_path, run__length="8 steps").stage
+    stage = order_for("stage2_pretrain", tiny_data, tmp_path, run__length="24 steps").stage
     data = read_data(stage, make=True)
     (tmp_path / "ledger").mkdir()
-    planner, planned, states = data.planner(0), [], []
-    for step in range(8):
-        if step == 2:
-            planner.change(4, (0.0, 100.0))
-        state = planner.state()
+    changes = {1: (0.0, 100.0), 13: (100.0, 0.0)}
+    planner, unchanged, planned, states = data.planner(0), data.planner(0), [], []
+    for step in range(24):
+        if step and step % 9 == 0:
+            states.append(json.dumps({"step": step - 1, "plan": planner.state()}) + "\n")
+        if step in changes:
+            planner.change(step + 1, changes[step])
         planned.append(next(planner).packs)
-        if step and step % every == 0:
-            states.append(json.dumps({"step": step - 1, "plan": state}) + "\n")
+    states.append(json.dumps({"step": 23, "plan": planner.state()}) + "\n")
     (tmp_path / "ledger" / "states.jsonl").write_text("".join(states))
-    for step in range(8):
+    for step in range(24):
         assert next(planner_before(data, 0, step, tmp_path)).packs == planned[step], step
-    assert next(planner_before(data, 0, 7)).packs != planned[7]
+    assert [next(unchanged).packs == packs for packs in planned[:9]][-1] is False
+    unchanged.restore(json.loads(states[0])["plan"])
+    assert [next(unchanged).packs == packs for packs in planned[9:18]][-1] is False
 
 
 # -- the command -------------------------------------------------------------------------------------------------------
