@@ -90,7 +90,7 @@ prepare: setup  ## from DATA (.csv, .tsv, .jsonl, a dataset, cuts, tars) to shar
 check-data: setup  ## before training: open every shard with the training code, plan ahead, name what is wrong
 	@$(PY) -m stages.check_data --scale "$(SCALE)" --runs "$(RUNS)" $(if $(CONFIG),--config "$(CONFIG)") $(SET)
 
-peek: setup  ## one pack as the model sees it, its loss mask checked: CONFIG= or NAME=run, STEP=n PACK=k KEY=corpus/key TO=page.html
+peek: setup  ## one pack as the model sees it, and whether its mask is right (CONFIG= or NAME=, STEP= PACK= KEY= TO=x.html)
 	@$(PY) -m stages.peek --scale "$(SCALE)" --runs "$(RUNS)" $(if $(CONFIG),--config "$(CONFIG)") \
 	  $(if $(NAME),--name "$(NAME)") $(if $(STEP),--step $(STEP)) $(if $(PACK),--pack $(PACK)) \
 	  $(if $(KEY),--key "$(KEY)") $(if $(TO),--to "$(TO)") $(SET)

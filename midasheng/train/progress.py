@@ -40,11 +40,11 @@ def stoppable(stop: StopRequest) -> Iterator[None]:
 
 SAID = (  # values of a row -> how they are said; what comes first is seen in a narrow terminal too
     (("loss",), "loss {:.3f}"),
-    (("val_loss",), "validation {:.3f}"),
+    (("val_loss",), "val {:.3f}"),
     (("listening",), "listening {:+.3f}"),
     (("audio_h_per_device_h",), "{:.3g} audio-h/h"),
     (("mfu",), "MFU {:.1%}"),
-    (("decoder_padding", "encoder_padding"), "padding {:.1%} slots {:.1%} frames"),
+    (("decoder_padding", "encoder_padding"), "padding {:.1%}/{:.1%}"),
     (("waiting",), "wait {:.1%}"),
 )
 VALIDATION = ("val_loss", "listening")
@@ -58,8 +58,8 @@ def words(values: Mapping[str, float], devices: int = 1) -> list[str]:
 
 
 class ProgressLine(L.Callback):
-    """One line that moves: steps, time left, loss, validation loss, audio-hours an hour, MFU, padding, wait; where it
-    is not a terminal a plain line a row."""
+    """One line that moves: steps, time left, loss, validation loss, audio-hours an hour, MFU, padding of slots/frames,
+    wait; where it is not a terminal a plain line a row."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin at the step of a resume."""
@@ -68,7 +68,7 @@ class ProgressLine(L.Callback):
         self.bar = tqdm(
             total=module.course.steps, initial=module.done, desc=module.stage.name, mininterval=0.5,
             disable=not (trainer.is_global_zero and self.terminal), dynamic_ncols=True,
-            bar_format="{desc} {percentage:3.0f}% |{bar:10}| {n_fmt}/{total_fmt}{postfix}",
+            bar_format="{desc} {percentage:3.0f}% |{bar:6}| {n_fmt}/{total_fmt}{postfix}",
         )  # fmt: skip
         self.before: dict[str, float] = {}
         self.first, self.since = module.done, 0.0
@@ -151,7 +151,11 @@ def speed(folder: Path) -> list[str]:
         computed = sum(n / (1 - share) for n, share in there if share < 1)
         return 1 - sum(n for n, _ in there) / computed if computed else 0.0
 
-    values = {name: over(name) for name in ("audio_h_per_device_h", "mfu", "waiting")}
-    values["decoder_padding"] = padding("slots_per_s", "decoder_padding")
-    values["encoder_padding"] = padding("audio_h_per_device_h", "encoder_padding")
-    return [f"{heard:.2f} audio-hours trained on; on a device " + ", ".join(words(values))]
+    slots, n_frames = (
+        padding("slots_per_s", "decoder_padding"), padding("audio_h_per_device_h", "encoder_padding")
+    )  # fmt: skip
+    return [
+        f"{heard:.2f} audio-hours trained on; on a device {over('audio_h_per_device_h'):.3g} audio-hours an hour, MFU "
+        f"{over('mfu'):.1%}; padding {slots:.1%} of the slots, {n_frames:.1%} of the frames; {over('waiting'):.1%} of "
+        "the time waiting for data"
+    ]
