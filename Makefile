@@ -11,6 +11,7 @@ SET    ?=
 FRESH  ?=
 STEP   ?=
 KEY    ?=
+PACK   ?=
 DATA   ?=
 OUT    ?=
 TO     ?=
@@ -34,7 +35,7 @@ ASKED   = $(if $(TASK),--task "$(TASK)") $(if $(PROMPT),--prompt "$(PROMPT)") $(
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data prepare check-data index finetune stage1 stage2 stage3 stages curves audit chat export keys bench test lint
+.PHONY: help setup data prepare check-data index finetune stage1 stage2 stage3 stages curves peek audit chat export keys bench test lint
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
@@ -88,6 +89,11 @@ prepare: setup  ## from DATA (.csv, .tsv, .jsonl, a dataset, cuts, tars) to shar
 
 check-data: setup  ## before training: open every shard with the training code, plan ahead, name what is wrong
 	@$(PY) -m stages.check_data --scale "$(SCALE)" --runs "$(RUNS)" $(if $(CONFIG),--config "$(CONFIG)") $(SET)
+
+peek: setup  ## one pack as the model sees it, and whether its mask is right (CONFIG= or NAME=, STEP= PACK= KEY= TO=x.html)
+	@$(PY) -m stages.peek --scale "$(SCALE)" --runs "$(RUNS)" $(if $(CONFIG),--config "$(CONFIG)") \
+	  $(if $(NAME),--name "$(NAME)") $(if $(STEP),--step $(STEP)) $(if $(PACK),--pack $(PACK)) \
+	  $(if $(KEY),--key "$(KEY)") $(if $(TO),--to "$(TO)") $(SET)
 
 audit: setup  ## what run NAME was really trained on (STEP=n: the samples of a step; KEY=corpus/key: where it was used)
 	@[ -n "$(NAME)" ] || { echo "error: say which run: make audit NAME=stage2_pretrain"; exit 2; }

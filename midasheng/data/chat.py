@@ -79,6 +79,7 @@ class Chat:
         self.audio_bos, self.audio, self.audio_eos = (self._id(t) for t in (audio_bos, audio, audio_eos))
         self.pad = self.im_end
         self.text = lru_cache(maxsize=65536)(self._encode_text)  # ids of plain text, as they stand in a turn
+        self.spell = lru_cache(maxsize=65536)(self._spell)  # one token as text
 
     def _id(self, token: str | int) -> int:
         vocabulary = self.tokenizer.get_vocab()
@@ -153,6 +154,24 @@ class Chat:
         """Ids of an answer back to text."""
         # cleaning up would take back spaces that a stream has said already
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+    @property
+    def special(self) -> frozenset[int]:
+        """Tokens that plain text never becomes."""
+        own = {self.im_start, self.im_end, self.audio_bos, self.audio, self.audio_eos}
+        return frozenset(own | set(self.tokenizer.all_special_ids))
+
+    def _spell(self, token: int) -> str:
+        named = {self.audio_bos: "<|audio_bos|>", self.audio: "<|AUDIO|>", self.audio_eos: "<|audio_eos|>"}
+        if token in named:  # whichever reserved tokens stand for them
+            return named[token]
+        text = self.join([token])
+        # rows that only fill a table are nothing, parts of a character are no text: their number says which
+        return text if text and "\ufffd" not in text else f"\ufffd#{token}"
+
+    def join(self, ids: Sequence[int]) -> str:
+        """Ids as text, special tokens by name. Half a character (of UTF-8) is U+FFFD."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=False, clean_up_tokenization_spaces=False))
 
     def save(self, folder: Path) -> None:
         """Write the tokenizer's files into `folder`."""

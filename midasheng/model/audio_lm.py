@@ -124,10 +124,14 @@ class AudioLM(nn.Module):
     def forward(self, pack: Pack) -> Float[Tensor, " S"]:
         """Summed cross-entropy of each segment of the pack, float32 (0 for shared ones and the dummy); logits are made
         only where a label stands."""
-        hidden_TD, at_N = self.hidden(pack), pack.target_N
-        head_VD = self.decoder.lm_head.weight
-        losses_N = target_loss(hidden_TD.index_select(0, at_N), head_VD, pack.labels_T[at_N], self.compute_dtype)
-        number_N = torch.bucketize(at_N, pack.segment_bounds[1:].long(), right=True)
+        hidden_TD = self.hidden(pack)
+        losses_N = self.target_losses(hidden_TD, pack)
+        number_N = torch.bucketize(pack.target_N, pack.segment_bounds[1:].long(), right=True)
         # hidden_TD[:0].sum() keeps a pack without any target attached to the graph
         zeros_S = losses_N.new_zeros(len(pack.segments)) + hidden_TD[:0].to(losses_N.dtype).sum()
         return zeros_S.index_add(0, number_N, losses_N)
+
+    def target_losses(self, hidden_TD: Float[Tensor, "T D"], pack: Pack) -> Float[Tensor, " N"]:
+        """Cross-entropy of each target in the order of target_N, float32."""
+        at_N, head_VD = pack.target_N, self.decoder.lm_head.weight
+        return target_loss(hidden_TD.index_select(0, at_N), head_VD, pack.labels_T[at_N], self.compute_dtype)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import signal
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -37,36 +38,70 @@ def stoppable(stop: StopRequest) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+SAID = (  # values of a row -> how they are said; what comes first is seen in a narrow terminal too
+    (("loss",), "loss {:.3f}"),
+    (("val_loss",), "val {:.3f}"),
+    (("listening",), "listening {:+.3f}"),
+    (("audio_h_per_device_h",), "{:.3g} audio-h/h"),
+    (("mfu",), "MFU {:.1%}"),
+    (("decoder_padding", "encoder_padding"), "padding {:.1%}/{:.1%}"),
+    (("waiting",), "wait {:.1%}"),
+)
+VALIDATION = ("val_loss", "listening")
+
+
+def words(values: Mapping[str, float], devices: int = 1) -> list[str]:
+    """The values of metrics.jsonl and speed.jsonl that a line has room for, each with its name or unit."""
+    known = [(names, form) for names, form in SAID if all(name in values for name in names)]
+    said = [form.format(*(values[name] for name in names)) for names, form in known]
+    return [w + " a device" if devices > 1 and w.endswith("audio-h/h") else w for w in said]
+
+
 class ProgressLine(L.Callback):
-    """One line that moves: steps, loss of the last row, validation loss; a plain line a row without a terminal."""
+    """One line that moves: steps, time left, loss, validation loss, audio-hours an hour, MFU, padding of slots/frames,
+    wait; where it is not a terminal a plain line a row."""
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Begin at the step of a resume."""
         module = _stage_module(pl_module)
         self.terminal = sys.stderr.isatty()
         self.bar = tqdm(
-            total=module.course.steps, initial=module.done, desc=module.stage.name, unit="step", mininterval=0.5,
+            total=module.course.steps, initial=module.done, desc=module.stage.name, mininterval=0.5,
             disable=not (trainer.is_global_zero and self.terminal), dynamic_ncols=True,
+            bar_format="{desc} {percentage:3.0f}% |{bar:6}| {n_fmt}/{total_fmt}{postfix}",
         )  # fmt: skip
         self.before: dict[str, float] = {}
+        self.first, self.since = module.done, 0.0
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
-        """What was measured before the first step."""
+        """What was measured before the first step; the clock runs from here."""
+        self.since = self.since or time.monotonic()
         self._show(trainer, _stage_module(pl_module))
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *_: Any) -> None:
         """One step on."""
         self._show(trainer, _stage_module(pl_module))
 
+    def left(self, done: int, steps: int) -> list[str]:
+        """The time left, as the steps of this process went, validation inside; nothing before the first."""
+        if done == self.first:
+            return []
+        return [f"{clock((time.monotonic() - self.since) / (done - self.first) * (steps - done))} left"]
+
     def _show(self, trainer: L.Trainer, module: StageModule) -> None:
-        new = {k: v for k, v in module.shown.items() if self.before.get(k) != v}
+        shown, steps = module.shown, module.course.steps
+        new = {k for k, v in shown.items() if self.before.get(k) != v}
         if self.terminal:
-            self.bar.set_postfix({k: f"{v:.4g}" for k, v in module.shown.items()}, refresh=False)
+            brief = {k: v for k, v in shown.items() if k != "listening"}
+            line = self.left(module.done, steps) + words(brief, trainer.world_size)
+            self.bar.set_postfix_str(", ".join(line), refresh=False)
             self.bar.update(module.done - self.bar.n)
         elif new and trainer.is_global_zero:
-            shown = "  ".join(f"{k} {v:.4g}" for k, v in sorted(new.items()))
-            print(f"{module.stage.name} step {module.done}/{module.course.steps}  {shown}", flush=True)
-        self.before = dict(module.shown)
+            validated, trained = new & {*VALIDATION}, new - {*VALIDATION}
+            rows = {k: v for k, v in shown.items() if (validated if k in VALIDATION else trained)}
+            line = words(rows, trainer.world_size) + self.left(module.done, steps)
+            print(f"{module.stage.name} step {module.done}/{steps}  {'  '.join(line)}", flush=True)
+        self.before = dict(shown)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Leave the line as it is, also after a stop."""
@@ -88,6 +123,8 @@ def ending(folder: Path) -> list[str]:
         first, last = rows[0], rows[-1]
         fall = last["val_loss"] / first["val_loss"] - 1
         lines[0] += f", validation loss {first['val_loss']:.3f} -> {last['val_loss']:.3f} ({fall:+.1%})"
+    lines += speed(folder)
+    if rows:
         lines += verdict(last)
         for mix, row in last.get("also", {}).items():
             before = first.get("also", {}).get(mix)  # data.also may change with a resume
@@ -95,3 +132,30 @@ def ending(folder: Path) -> list[str]:
             lines.append(f"also looked at, mix {mix}: validation loss {change}")
     answers = folder / "answers.jsonl"
     return lines + (answer_table(answers) if answers.is_file() else [])
+
+
+def speed(folder: Path) -> list[str]:
+    """Audio heard and how fast, over the whole run: each row of speed.jsonl counts by what it stands for."""
+    path = folder / "speed.jsonl"
+    rows = [r for r in read_metrics(path) if "seconds" in r] if path.is_file() else []
+    seconds = sum(r["seconds"] for r in rows)
+    if not seconds:
+        return []
+    heard = sum(r.get("audio_s", 0.0) for r in read_metrics(folder / "metrics.jsonl")) / 3600
+
+    def over(name: str) -> float:
+        return float(sum(r[name] * r["seconds"] for r in rows) / seconds)
+
+    def padding(useful: str, padded: str) -> float:
+        there = [(r[useful] * r["seconds"], r[padded]) for r in rows]
+        computed = sum(n / (1 - share) for n, share in there if share < 1)
+        return 1 - sum(n for n, _ in there) / computed if computed else 0.0
+
+    slots, n_frames = (
+        padding("slots_per_s", "decoder_padding"), padding("audio_h_per_device_h", "encoder_padding")
+    )  # fmt: skip
+    return [
+        f"{heard:.2f} audio-hours trained on; on a device {over('audio_h_per_device_h'):.3g} audio-hours an hour, MFU "
+        f"{over('mfu'):.1%}; padding {slots:.1%} of the slots, {n_frames:.1%} of the frames; {over('waiting'):.1%} of "
+        "the time waiting for data"
+    ]

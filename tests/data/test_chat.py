@@ -141,3 +141,16 @@ def test_saved_tokenizer_is_the_same_one(chat, tmp_path):
     assert again.fingerprint() == chat.fingerprint()
     again.tokenizer.add_tokens(["Basque"])
     assert again.fingerprint() != chat.fingerprint()
+
+
+def test_a_token_as_text(chat):
+    """Special tokens by name, the words of a transcript as they are, half a character by its number."""
+    ids = chat.encode([Turn("user", "a", clips=1), Turn("assistant", "<|im_end|>")], [1]).ids.tolist()
+    assert "".join(map(chat.spell, ids)) == f"{USER}{clip(1)}a{ANSWER}<|im_end|><|im_end|>" == chat.join(ids)
+    first, *others = chat.text("\N{SNOWMAN}")
+    assert others
+    assert chat.spell(first) == f"\ufffd#{first}"
+    assert {chat.im_start, chat.im_end, chat.audio_bos, chat.audio, chat.audio_eos} <= chat.special
+    assert not chat.special & set(chat.text("<|im_end|><|AUDIO|>"))
+    other = Chat(chat.path, chat.audio_bos, chat.text("a")[0], chat.audio_eos)  # another token stands for audio
+    assert other.spell(other.audio) == "<|AUDIO|>"
