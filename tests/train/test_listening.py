@@ -247,7 +247,7 @@ def test_a_set_without_clips_has_a_validation_loss_and_nothing_else(models, tiny
     test = ListeningTest(held_out_sets(tiny_data, chat, ("text",)), tmp_path, 2)
     test.before(models[1], 0, 1, same)
     row = test.row(models[1], 0, 1, same, ends=True)
-    assert row.keys() == {"val_loss", "targets", "corpora"}
+    assert row.keys() == {"val_loss", "targets", "corpora", "languages"}
     assert verdict({"step": 4, **row}) == []
 
 
