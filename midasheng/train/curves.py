@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import itertools
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 from midasheng.config import UserError, saved
 from midasheng.train.listening import Paired
 from midasheng.train.meter import clock
-from midasheng.train.report import Grown
+from midasheng.train.report import Grown, read_json
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,7 @@ def read_curves(folder: Path) -> list[Curve]:
     for metrics in sorted(folder.glob("*/metrics.jsonl")):
         file = Grown(metrics)
         rows = [r for r in file.rows() if isinstance(r.get("step"), int)]
-        stage, done = saved(metrics.parent / "config.yaml")["name"], metrics.parent / "weights" / "stage.json"
+        stage = saved(metrics.parent / "config.yaml")["name"]
         val_rows = [r for r in rows if "val_loss" in r]
         alone = [r["val_loss"] + r["text_only"]["difference"] for r in val_rows if r.get("text_only")]
         curve = Curve(
@@ -51,7 +50,7 @@ def read_curves(folder: Path) -> list[Curve]:
             audio_s=tuple((r["step"], r.get("audio_s", 0.0)) for r in rows if "loss" in r),
             listening=tuple((r["step"], Paired(**r["listening"])) for r in val_rows if r.get("listening")),
             text_only=alone[-1] if alone else None,
-            seconds=json.loads(done.read_text(encoding="utf-8"))["seconds"] if done.is_file() else None,
+            seconds=read_json(metrics.parent / "weights" / "stage.json").get("seconds"),
         )
         if curve.train or curve.val:
             curves.append(curve)
@@ -135,7 +134,8 @@ def draw(curves: list[Curve], *paths: Path) -> None:
 
 def _draw_one(curve: Curve, above: Any, below: Any, color: str) -> None:
     if curve.train:
-        above.plot(*zip(*curve.train, strict=True), color=color, alpha=0.45, linewidth=0.8, label=f"{curve.name}, train")
+        label = f"{curve.name}, train"
+        above.plot(*zip(*curve.train, strict=True), color=color, alpha=0.45, linewidth=0.8, label=label)
     if curve.val:
         above.plot(
             *zip(*curve.val, strict=True), color=color, marker="o", markersize=3, linewidth=1.3,

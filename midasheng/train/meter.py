@@ -137,7 +137,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 # what can happen to a run between two steps, and what its row in events.jsonl says of it
 EVENTS = {
     "start": {"world"},  # training begins, on so many processes
-    "resume": {"world", "world_before"},  # it goes on from the checkpoint of `step`; None: a checkpoint that did not say
+    "resume": {"world", "world_before"},  # it goes on from a checkpoint; None: the checkpoint did not say
     "checkpoint": {"seconds"},
     "mix": {"from_step", "percent"},  # the shares change
     "plan restarted": {"because"},  # a new order of data

@@ -100,12 +100,16 @@ def _rows(path: Path) -> list[dict[str, Any]]:
     return list(file.rows())
 
 
-def _content(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
     """A JSON file; empty when there is none or half of one."""
     try:
         return _parsed(path.read_bytes()) or {}
     except OSError:
         return {}
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
 
 
 def _number(value: Any) -> float:
@@ -214,8 +218,7 @@ class Run:
             number = len(self.train["step"])
             names = ("step", "loss", "lr", "grad_norm", "targets", "audio_s")
             self.train.add(**{name: _number(row.get(name)) for name in names})
-            corpora = row.get("corpora")
-            for corpus, sums in corpora.items() if isinstance(corpora, dict) else ():
+            for corpus, sums in _mapping(row.get("corpora")).items():
                 if isinstance(sums, dict) and sums.get("targets"):
                     part = self.corpora.setdefault(corpus, _Columns())
                     part.add(row=number, loss_sum=_number(sums.get("loss_sum")), targets=_number(sums["targets"]))
@@ -233,7 +236,7 @@ class Run:
         """The run for the page: JSON, every curve thinned."""
         notes: list[str] = []
         settings = self._settings(notes)
-        record = _content(self.folder / "weights" / "stage.json")
+        record = read_json(self.folder / "weights" / "stage.json")
         header = self._text("trainable.txt")
         planned = re.search(r"^ +(\d+) steps \(", header, re.MULTILINE)
         cards = self._cards(notes)
@@ -287,7 +290,9 @@ class Run:
     def _axes(self) -> dict[str, Any]:
         """Audio hours, targets and hours of training at a thousand steps; between them the page goes straight."""
         step = self.train["step"]
-        columns = {"audio_h": np.nancumsum(self.train["audio_s"]) / 3600, "targets": np.nancumsum(self.train["targets"])}
+        columns = {
+            "audio_h": np.nancumsum(self.train["audio_s"]) / 3600, "targets": np.nancumsum(self.train["targets"]),
+        }  # fmt: skip
         at, seconds = self.speed["step"], np.nancumsum(self.speed["seconds"])
         if len(at):
             columns["hours"] = np.interp(step, np.concatenate([[0.0], at]), np.concatenate([[0.0], seconds])) / 3600
@@ -321,7 +326,7 @@ class Run:
     def _also(self) -> dict[str, Any]:
         found: dict[str, dict[str, list[Any]]] = {}
         for row in self.validations:
-            for mix, other in row["also"].items() if isinstance(row.get("also"), dict) else ():
+            for mix, other in _mapping(row.get("also")).items():
                 curve = found.setdefault(mix, {"x": [], "y": []})
                 curve["x"].append(row.get("step"))
                 curve["y"].append(_finite(other.get("val_loss")))
@@ -337,14 +342,14 @@ class Run:
                 tasks.setdefault(card.task, []).append(corpus)
                 languages.setdefault(", ".join(card.languages) or "no language", []).append(corpus)
         last = self.validations[-1] if self.validations else {}
-        in_rows = {kind: list(last[kind]) if isinstance(last.get(kind), dict) else [] for kind in ("corpora", "languages")}
+        in_rows = {kind: list(_mapping(last.get(kind))) for kind in ("corpora", "languages")}
         of_task = {t: [c for c in in_rows["corpora"] if c in cards and cards[c].task == t] for t in tasks}
         found: dict[str, dict[str, Any]] = {"corpus": {}, "task": {}, "language": {}}
         for corpus in dict.fromkeys([*self.corpora, *in_rows["corpora"]]):
             about = cards.get(corpus)
-            found["corpus"][corpus] = self._group([corpus]) | _validation(self.validations, _part("corpora", [corpus])) | {
-                "task": about.task if about else "", "languages": about.languages if about else [],
-            }  # fmt: skip
+            curves = self._group([corpus]) | _validation(self.validations, _part("corpora", [corpus]))
+            said = {"task": about.task, "languages": about.languages} if about else {"task": "", "languages": []}
+            found["corpus"][corpus] = curves | said
         for task, of in tasks.items():
             found["task"][task] = self._group(of) | _validation(self.validations, _part("corpora", of_task[task]))
         for language in dict.fromkeys([*languages, *in_rows["languages"]]):
@@ -375,9 +380,8 @@ class Run:
         self, cards: dict[str, Card], events: Sequence[dict[str, Any]], done: int, notes: list[str]
     ) -> list[dict[str, Any]]:  # fmt: skip
         """What was asked for and what was had, since the plan began (a restarted one begins at its step)."""
-        plan = _content(self.folder / "inputs.json").get("plan")
-        asked = plan.get("mix") if isinstance(plan, dict) else None
-        if not isinstance(asked, dict) or not asked:
+        asked = _mapping(_mapping(read_json(self.folder / "inputs.json").get("plan")).get("mix"))
+        if not asked:
             notes.append("inputs.json is not there or has no plan: the mix that was asked for is not known")
             return []
         begins = max([int(e["step"]) for e in events if e.get("event") == "plan restarted"], default=0)
@@ -385,7 +389,7 @@ class Run:
         ledgers = sorted(self.folder.glob("ledger/rank*.bin"))
         samples, holes, until = self._once("ledger", ledgers, lambda: _counted(self.folder))
         notes.append(f"samples are counted in the ledger, which is written with each checkpoint: up to step {until}")
-        audited = _content(self.folder / "audit.json").get("corpora", {})
+        audited = read_json(self.folder / "audit.json").get("corpora", {})
         rows = []
         for number, corpus in enumerate(asked):
             part, card = self.corpora.get(corpus), cards.get(corpus)
@@ -481,9 +485,8 @@ def _part(kind: str, names: Sequence[str]) -> Callable[[dict[str, Any]], dict[st
     """A validation row -> what it says of these groups: of one all, of several together the loss."""
 
     def read(row: dict[str, Any]) -> dict[str, Any]:
-        groups = row.get(kind)
-        parts = [groups[n] for n in names if n in groups] if isinstance(groups, dict) else []
-        parts = [p for p in parts if isinstance(p, dict)]
+        groups = _mapping(row.get(kind))
+        parts = [groups[n] for n in names if isinstance(groups.get(n), dict)]
         if len(parts) == 1:
             return parts[0]
         return {name: sum(_number(p.get(name)) for p in parts) for name in ("loss_sum", "targets")} if parts else {}
@@ -504,8 +507,9 @@ def _validation(rows: Sequence[dict[str, Any]], read: Callable[[dict[str, Any]],
             pair = part.get(kind)
             if isinstance(pair, dict):
                 curve = found.setdefault(kind, {"x": [], "y": [], "se": []})
-                for key, value in (("x", step), ("y", _finite(pair.get("difference"))), ("se", _finite(pair.get("se")))):
-                    curve[key].append(value)
+                curve["x"].append(step)
+                curve["y"].append(_finite(pair.get("difference")))
+                curve["se"].append(_finite(pair.get("se")))
     return found
 
 
@@ -535,7 +539,7 @@ def _counted(folder: Path) -> tuple[Counter[int], Counter[int], int]:
 
 
 def _judged(run: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The table of exact matches, and the rows to show: groups in turn, of each the wrong and the right ones in turn."""
+    """The table of exact matches, and the rows to show: groups in turn, of each wrong and right ones."""
     fields = ("mix", "corpus", "key", "question", "reference", "answer")
     rows = [row for row in rows if all(isinstance(row.get(name), str) for name in fields)]
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
@@ -583,7 +587,8 @@ class Report:
                     raise UserError(f"no run {folder} (runs there: {there}); say NAME=a,b")
         changed = list(self.runs) != folders
         self.runs = {folder: self.runs.get(folder) or Run(folder) for folder in folders}
-        return any([run.follow() for run in self.runs.values()]) or changed
+        new = [run.follow() for run in self.runs.values()]  # every one of them
+        return changed or any(new)
 
     def data(self) -> dict[str, Any]:
         """Everything but the clips."""
