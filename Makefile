@@ -39,7 +39,7 @@ unexport PYTHONDONTWRITEBYTECODE
         audit chat export keys bench test test-browser lint
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 	@echo '  variables: SCALE=mini|small|... SET="key=value ..." CONFIG=path.yaml NAME=run FROM=run RUNS=folder FRESH=1'
 
 setup: .venv/.done  ## Python environment in .venv (done by all others when needed)

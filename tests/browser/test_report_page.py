@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,6 +89,14 @@ def runs(tiny_data, tmp_path_factory) -> Path:
     return folder
 
 
+def until(page, what: str) -> None:
+    """Wait until a JavaScript expression is true. (Playwright's own wait is an eval, which the page's policy forbids.)"""
+    end = time.monotonic() + PATIENCE_MS / 1000
+    while not page.evaluate(what):
+        assert time.monotonic() < end, f"never true: {what}"
+        time.sleep(0.1)
+
+
 def written(folder: Path, to: Path) -> str:
     report = Report(folder)
     report.follow()
@@ -167,7 +176,7 @@ def test_markup_shows_as_text_and_a_clip_plays(opened, runs, tmp_path):
     assert answer.locator("dd").first.inner_text() == EVIL
     assert page.locator("img").count() == 0
     page.evaluate("document.querySelector('audio').play()")
-    page.wait_for_function("document.querySelector('audio').currentTime > 0.02")
+    until(page, "document.querySelector('audio').currentTime > 0.02")
     assert page.evaluate("document.querySelector('audio').duration") > 0.2
     assert opened.complaints == []
 
@@ -185,8 +194,9 @@ def test_a_running_stage_is_followed_without_losing_what_was_chosen(opened, tmp_
         with (folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(train_row(41, 2.0)) + "\n" + json.dumps(val_row(41, 1.25)) + "\n")
         page.locator("#overview-text td", has_text="4 → 1.25").wait_for()
-        page.wait_for_function(
-            """document.querySelector('[data-chart="loss:stage1_align"] .plot').getAttribute("aria-label").includes("to 1.25")"""
+        until(
+            page,
+            """document.querySelector('[data-chart="loss:stage1_align"] .plot').getAttribute("aria-label").includes("to 1.25")""",
         )
         assert page.locator("input[value=targets]").is_checked()
         assert page.locator("#lines").input_value() == "raw"
