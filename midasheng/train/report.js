@@ -406,8 +406,8 @@ function answers(run) {
   const rows = run.answers.shown.filter((a) => state.answers === "all" || (a.answer === a.reference) === (state.answers === "right"));
   return [
     el("h3", {}, `${run.name}: exact match`),
-    table(["mix", "corpus", "answers", "clips", "exact", "chance", "decoder alone"], run.answers.exact.map((g) => [g.mix, g.corpus, g.answers.join(" / "), g.clips, percent(g.exact), percent(g.chance), percent(g.text_only)]), "Exact match"),
-    el("p", {}, el("label", {}, "Answers shown ", choose), ` ${rows.length} of ${run.answers.rows}, taken from every question in turn`),
+    table(["corpus", "exact", "chance", "decoder alone", "clips", "answers", "mix"], run.answers.exact.map((g) => [g.corpus, percent(g.exact), percent(g.chance), percent(g.text_only), g.clips, g.answers.join(" / "), g.mix]), "Exact match"),
+    el("p", {}, el("label", {}, "Answers shown ", choose), ` ${rows.length} of ${run.answers.rows}, from every question in turn, wrong ones first`),
     el("div", { class: "grid" }, ...rows.map((a) => {
       const found = clips[a.clip], sound = found && found.startsWith("data:audio/");
       const player = sound ? el("audio", { controls: true, preload: "metadata", src: found, "aria-label": `clip ${a.key}` }) : el("p", { class: "note" }, `No player: ${found || "no clip"}`);
