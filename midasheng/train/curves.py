@@ -94,7 +94,7 @@ def write_csv(curves: list[Curve], path: Path) -> None:
                 ))  # fmt: skip
 
 
-PAPER = {
+PAPER: dict[Any, Any] = {
     "font.size": 9, "axes.titlesize": 10, "legend.fontsize": 7.5, "legend.frameon": False, "axes.spines.top": False,
     "axes.spines.right": False, "svg.fonttype": "none", "svg.hashsalt": "curves",
 }  # fmt: skip

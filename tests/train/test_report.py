@@ -79,6 +79,7 @@ def test_a_run_is_read_whole(tmp_path):
     assert (found["stage"], found["done"], found["planned"], found["finished"]) == ("stage1_align", 40, 40, False)
     assert found["train"]["raw"]["x"] == list(range(1, 41))
     assert found["train"]["raw"]["y"][9] == pytest.approx(3.5)
+    assert found["train"]["smooth"]["y"][9] == pytest.approx(3.6)  # of five rows
     assert found["val"]["loss"] == {"x": [0, 40], "y": [4.0, 2.0]}
     assert found["val"]["alone"] == 2.5
     assert found["val"]["listening"] == {"x": [0, 40], "y": [0.5, 0.5], "se": [0.1, 0.1]}
