@@ -11,7 +11,7 @@ from typing import Any
 from midasheng.config import UserError, saved
 from midasheng.train.listening import Paired
 from midasheng.train.meter import clock
-from midasheng.train.report import Grown, read_json
+from midasheng.train.run_folder import Grown, read_json
 
 
 @dataclass(frozen=True)
