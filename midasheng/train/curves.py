@@ -114,7 +114,7 @@ def draw(curves: list[Curve], *paths: Path) -> None:
     stages = sorted({c.stage for c in curves})
     with matplotlib.rc_context(PAPER):
         figure, axes = pyplot.subplots(
-            2, len(stages), figsize=(3.4 * len(stages), 4.4), squeeze=False, sharex="col", layout="constrained",
+            2, len(stages), figsize=(3.4 * len(stages), 5.2), squeeze=False, sharex="col", layout="constrained",
             height_ratios=(3, 2),
         )  # fmt: skip
         for (above, below), stage in zip(axes.T, stages, strict=True):
@@ -123,7 +123,8 @@ def draw(curves: list[Curve], *paths: Path) -> None:
             above.set(title=stage, ylabel="loss (nats per target)")
             below.set(xlabel="steps", ylabel="listening difference")
             below.axhline(0, color="black", linewidth=0.8)
-            above.legend()
+            # below, where it hides no curve
+            below.legend(*above.get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, -0.32))
             for axis in (above, below):
                 axis.grid(alpha=0.3, linewidth=0.5)
         for path in paths:
