@@ -22,6 +22,7 @@ TASK   ?=
 PROMPT ?=
 COLUMNS ?=
 AUDIO  ?=
+PORT   ?=
 
 PY     := .venv/bin/python
 SMALL   = $(filter mini generated small,$(SCALE))
@@ -35,10 +36,11 @@ ASKED   = $(if $(TASK),--task "$(TASK)") $(if $(PROMPT),--prompt "$(PROMPT)") $(
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data prepare check-data index finetune stage1 stage2 stage3 stages curves peek audit chat export keys bench test lint
+.PHONY: help setup data prepare check-data index finetune stage1 stage2 stage3 stages curves report watch peek \
+        audit chat export keys bench test test-browser lint
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 	@echo '  variables: SCALE=mini|small|... SET="key=value ..." CONFIG=path.yaml NAME=run FROM=run RUNS=folder FRESH=1'
 
 setup: .venv/.done  ## Python environment in .venv (done by all others when needed)
@@ -105,8 +107,14 @@ chat: setup  ## ask a trained model: AUDIO=x.wav (or several) PROMPT="..."; with
 	@$(PY) -m stages.chat --scale "$(SCALE)" --runs "$(RUNS)" $(if $(NAME),--name "$(NAME)") \
 	  $(if $(PROMPT),--prompt "$(PROMPT)") --audio $(AUDIO) -- $(SET)
 
-curves: setup  ## draw the loss of every run of SCALE into $(RUNS)/$(SCALE)/curves.png, print a table
+curves: setup  ## draw the loss of every run of SCALE into $(RUNS)/$(SCALE)/curves.png, .svg and .csv, print a table
 	@$(PY) -m stages.curves --scale "$(SCALE)" --runs "$(RUNS)"
+
+report: setup  ## all runs of SCALE (or NAME=a,b) as one page that needs no network: $(RUNS)/$(SCALE)/report.html, or TO
+	@$(PY) -m stages.report --scale "$(SCALE)" --runs "$(RUNS)" $(if $(NAME),--name "$(NAME)") $(if $(TO),--to "$(TO)")
+
+watch: setup  ## the same page on 127.0.0.1, following running stages (PORT=n; Ctrl-C ends it)
+	@$(PY) -m stages.watch --scale "$(SCALE)" --runs "$(RUNS)" $(if $(NAME),--name "$(NAME)") $(if $(PORT),--port $(PORT))
 
 export: setup  ## run NAME -> TO, proved equal: FORMAT=hf (LoRA merged), base or adapter; DTYPE=fp32|bf16 TARGET=vllm
 	@[ -n "$(NAME)" ] && [ -n "$(TO)" ] || { echo "error: say which run, and where to: make export NAME=stage3_sft TO=dir"; exit 2; }
@@ -128,7 +136,10 @@ test: setup  ## the tests, with the three stages in short on recordings (slow on
 	@if command -v apt-get >/dev/null; then $(PY) -m stages.data --out data/mini; \
 	  else echo "*** no apt-get: what needs recordings is skipped"; fi
 	@# a file's tests stay in one process: they share what they set up
-	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow" -n logical --maxprocesses 4 --dist loadfile
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slow and not browser" -n logical --maxprocesses 4 --dist loadfile
+
+test-browser: setup  ## the report page in a headless Chromium (apt-get install chromium, or CHROMIUM=path)
+	@HF_HUB_OFFLINE=1 OMP_NUM_THREADS=1 $(PY) -m pytest -m browser
 
 lint: setup  ## ruff, mypy, and the doors between the rooms
 	@.venv/bin/ruff check . && .venv/bin/ruff format --check . && .venv/bin/mypy && .venv/bin/lint-imports

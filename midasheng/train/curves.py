@@ -1,14 +1,17 @@
-"""Loss and listening curves of all stages of a scale, as one picture and one small table."""
+"""Loss and listening curves of all stages of a scale: a picture for papers, its numbers, and one small table."""
 
 from __future__ import annotations
 
-import json
+import csv
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from midasheng.config import UserError, saved
 from midasheng.train.listening import Paired
-from midasheng.train.meter import clock, read_metrics
+from midasheng.train.meter import clock
+from midasheng.train.run_folder import Grown, read_json
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,7 @@ class Curve:
     train: tuple[tuple[int, float], ...]
     val: tuple[tuple[int, float], ...]
     listening: tuple[tuple[int, Paired], ...]
+    audio_s: tuple[tuple[int, float], ...]  # (steps finished, seconds of audio since the last row)
     text_only: float | None  # validation loss of the decoder alone, without clips
     seconds: float | None  # of training; None while it runs
 
@@ -33,8 +37,9 @@ def read_curves(folder: Path) -> list[Curve]:
     """Curves of every run below `folder` (runs/<scale>), by stage. Raises UserError when there is none."""
     curves = []
     for metrics in sorted(folder.glob("*/metrics.jsonl")):
-        rows = read_metrics(metrics)
-        stage, done = saved(metrics.parent / "config.yaml")["name"], metrics.parent / "weights" / "stage.json"
+        file = Grown(metrics)
+        rows = [r for r in file.rows() if isinstance(r.get("step"), int)]
+        stage = saved(metrics.parent / "config.yaml")["name"]
         val_rows = [r for r in rows if "val_loss" in r]
         alone = [r["val_loss"] + r["text_only"]["difference"] for r in val_rows if r.get("text_only")]
         curve = Curve(
@@ -42,9 +47,10 @@ def read_curves(folder: Path) -> list[Curve]:
             stage,
             train=tuple((r["step"], r["loss"]) for r in rows if "loss" in r),
             val=tuple((r["step"], r["val_loss"]) for r in val_rows),
+            audio_s=tuple((r["step"], r.get("audio_s", 0.0)) for r in rows if "loss" in r),
             listening=tuple((r["step"], Paired(**r["listening"])) for r in val_rows if r.get("listening")),
             text_only=alone[-1] if alone else None,
-            seconds=json.loads(done.read_text(encoding="utf-8"))["seconds"] if done.is_file() else None,
+            seconds=read_json(metrics.parent / "weights" / "stage.json").get("seconds"),
         )
         if curve.train or curve.val:
             curves.append(curve)
@@ -68,40 +74,77 @@ def table(curves: list[Curve]) -> str:
     return "\n".join(lines)
 
 
-def draw(curves: list[Curve], path: Path) -> None:
+def write_csv(curves: list[Curve], path: Path) -> None:
+    """Every number of the picture: a line for each run and step that has a row of training or of validation."""
+    head = ("run", "stage", "step", "audio_h", "loss", "val_loss", "listening", "listening_se", "text_only")
+    with path.open("w", encoding="utf-8", newline="") as file:
+        out = csv.writer(file, lineterminator="\n")
+        out.writerow(head)
+        for c in curves:
+            loss, val, listening = dict(c.train), dict(c.val), dict(c.listening)
+            heard_s = dict(zip((s for s, _ in c.audio_s), itertools.accumulate(a for _, a in c.audio_s), strict=True))
+            audio_s = 0.0
+            for step in sorted({*loss, *val}):
+                audio_s = heard_s.get(step, audio_s)
+                heard = listening.get(step)
+                out.writerow((
+                    c.name, c.stage, step, f"{audio_s / 3600:.6g}", loss.get(step), val.get(step),
+                    heard.difference if heard else None, heard.se if heard else None,
+                    c.text_only if step == max(val, default=None) else None,
+                ))  # fmt: skip
+
+
+PAPER: dict[Any, Any] = {
+    "font.size": 9, "axes.titlesize": 10, "legend.fontsize": 7.5, "legend.frameon": False, "axes.spines.top": False,
+    "axes.spines.right": False, "svg.fonttype": "none", "svg.hashsalt": "curves",
+}  # fmt: skip
+# Okabe and Ito's colours, told apart by everybody; black is the zero line's
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+
+
+def draw(curves: list[Curve], *paths: Path) -> None:
     """A column a stage. Above: training loss thin, validation loss with dots, the decoder alone as a line. Below: the
-    listening difference, with bars of 3 standard errors. Runs of one stage share a column."""
+    listening difference, with bars of 3 standard errors. Runs of one stage share a column. Text in an SVG stays text.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     stages = sorted({c.stage for c in curves})
-    figure, axes = pyplot.subplots(
-        2, len(stages), figsize=(4.6 * len(stages), 5.6), squeeze=False, sharex="col", layout="constrained",
-        height_ratios=(3, 2),
-    )  # fmt: skip
-    for (above, below), stage in zip(axes.T, stages, strict=True):
-        for number, curve in enumerate(c for c in curves if c.stage == stage):
-            color = f"C{number}"
-            if curve.train:
-                above.plot(*zip(*curve.train, strict=True), color=color, alpha=0.45, linewidth=1, label="train")
-            if curve.val:
-                label = f"{curve.name}, validation"
-                above.plot(*zip(*curve.val, strict=True), color=color, marker="o", markersize=3, label=label)
-            if curve.text_only is not None:
-                above.axhline(curve.text_only, color=color, linestyle=":", linewidth=1.2, label="decoder alone")
-            if curve.listening:
-                steps, heard = zip(*curve.listening, strict=True)
-                bars = [3 * h.se for h in heard]
-                below.errorbar(
-                    steps, [h.difference for h in heard], bars, color=color, marker="o", markersize=3, capsize=2
-                )
-        above.set(title=stage, ylabel="loss per target")
-        below.set(xlabel="steps", ylabel="listening difference")
-        below.axhline(0, color="black", linewidth=0.8)
-        above.legend(fontsize=8)
-        for axis in (above, below):
-            axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
-    pyplot.close(figure)
+    with matplotlib.rc_context(PAPER):
+        figure, axes = pyplot.subplots(
+            2, len(stages), figsize=(3.4 * len(stages), 5.2), squeeze=False, sharex="col", layout="constrained",
+            height_ratios=(3, 2),
+        )  # fmt: skip
+        for (above, below), stage in zip(axes.T, stages, strict=True):
+            for number, curve in enumerate(c for c in curves if c.stage == stage):
+                _draw_one(curve, above, below, COLORS[number % len(COLORS)])
+            above.set(title=stage, ylabel="loss (nats per target)")
+            below.set(xlabel="steps", ylabel="listening difference")
+            below.axhline(0, color="black", linewidth=0.8)
+            # below, where it hides no curve
+            below.legend(*above.get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, -0.32))
+            for axis in (above, below):
+                axis.grid(alpha=0.3, linewidth=0.5)
+        for path in paths:
+            # without the date of the day, so that the same curves are the same file
+            figure.savefig(path, dpi=300, metadata={"Date": None} if path.suffix == ".svg" else None)
+        pyplot.close(figure)
+
+
+def _draw_one(curve: Curve, above: Any, below: Any, color: str) -> None:
+    if curve.train:
+        label = f"{curve.name}, train"
+        above.plot(*zip(*curve.train, strict=True), color=color, alpha=0.45, linewidth=0.8, label=label)
+    if curve.val:
+        above.plot(
+            *zip(*curve.val, strict=True), color=color, marker="o", markersize=3, linewidth=1.3,
+            label=f"{curve.name}, validation",
+        )  # fmt: skip
+    if curve.text_only is not None:
+        above.axhline(curve.text_only, color=color, linestyle=":", linewidth=1.2, label=f"{curve.name}, decoder alone")
+    if curve.listening:
+        steps, heard = zip(*curve.listening, strict=True)
+        bars = [3 * h.se for h in heard]
+        below.errorbar(steps, [h.difference for h in heard], bars, color=color, marker="o", markersize=3, capsize=2)

@@ -274,6 +274,9 @@ def train(
         writes = trainer.global_rank == 0 and not saved
         left_out = [Skipped(corpus.card.name, *s) for s in corpus.skipped()] if writes else []
         module.ledger.indexed(corpus.card.name, len(corpus), corpus.summary.reasons, left_out)
+    if is_first():
+        begins = {"step": steps_done, "event": "resume" if saved else "start", "world": trainer.world_size}
+        add_event(folder, begins | ({"world_before": saved.get("world")} if saved else {}))
     if saved and is_first():
         print(f"resuming at step {steps_done} of {data.course.steps}")
     if saved is None or steps_done < data.course.steps:
@@ -299,6 +302,7 @@ def train(
             model, folder / "weights", record, plan, start_digests=module.start_digests,
             audio_ids=data.chat.audio_ids, save_tokenizer=data.chat.save,
         )  # fmt: skip
+        add_event(folder, {"step": module.done, "event": "handed off"})
         print("\n".join([*ending(folder), f"skipped: {module.ledger.summary()}; weights in {folder / 'weights'}"]))
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from midasheng.data.held_out import ALIKE, NONE, OTHER, OWN, Asked, HeldOutSet
 from midasheng.model.adapt import without_lora
 from midasheng.model.audio_lm import AudioLM
 from midasheng.model.generate import generate
+from midasheng.train.answers import exact_match
 
 Reduce = Callable[[Tensor], Tensor]  # sum over ranks
 SURE = 3.0  # standard errors
@@ -134,7 +134,25 @@ class ListeningTest:
         return {
             "val_loss": loss / max(targets, 1), "targets": int(targets),
             **{kind: self._paired(asked, own, sums, whole) for kind, sums in found.items()}, "corpora": corpora,
+            "languages": self._by_language(asked, own, found),
         }  # fmt: skip
+
+    def _by_language(self, asked: HeldOutSet, own: Tensor, found: dict[str, Tensor]) -> dict[str, Any]:
+        """As `corpora`, of the samples whose language is known: the record's own where the card says `alike: language`,
+        else the card's only one."""
+        of: list[str] = []
+        for a in asked.asked:
+            card = asked.corpora[a.corpus].card
+            alone = card.languages[0] if len(card.languages) == 1 else ""
+            of.append(a.record.alike if card.alike == "language" and a.record.alike else alone)
+        rows = {}
+        for language in sorted(set(of) - {""}):
+            mine = torch.tensor([language == found_in for found_in in of], dtype=torch.bool)
+            rows[language] = {
+                "loss_sum": float(own[mine, 0].sum()), "targets": int(own[mine, 1].sum()),
+                **{kind: self._paired(asked, own, sums, mine) for kind, sums in found.items()},
+            }  # fmt: skip
+        return rows
 
     def _paired(self, asked: HeldOutSet, own_A2: Tensor, other_A2: Tensor, mine: Tensor) -> dict[str, Any] | None:
         keys = [a.record.key for a, m in zip(asked.asked, mine.tolist(), strict=True) if m]
@@ -226,25 +244,14 @@ def answer_table(path: Path) -> list[str]:
     Beside it chance (as if the most frequent reference were always given) and the decoder alone.
     """
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        if "answers" in row:
-            groups.setdefault((row["mix"], row["corpus"], *row["answers"]), []).append(row)
+    groups = exact_match(rows)
     head = f"{'exact match of greedy answers':72}{'clips':>6}{'exact':>8}{'chance':>8}{'text only':>11}"
     lines = [head] if groups else []
-    for (mix, corpus, *answers), group in groups.items():
-        label = f"{mix}: {corpus}: {' / '.join(answers)}"
+    for g in groups:
+        label = f"{g.mix}: {g.corpus}: {' / '.join(g.answers)}"
         label = label if len(label) < 71 else label[:67] + " ..."
-
-        chance = Counter(r["reference"] for r in group).most_common(1)[0][1] / len(group)
-        lines.append(
-            f"{label:72}{len(group):6}{_exact(group, 'answer'):>8}{chance:8.1%}{_exact(group, 'text_only'):>11}"
-        )
+        exact, text_only = ("-" if share is None else f"{share:.1%}" for share in (g.exact, g.text_only))
+        lines.append(f"{label:72}{g.clips:6}{exact:>8}{g.chance:8.1%}{text_only:>11}")
     for row in [r for r in rows if "answers" not in r][:SHOWN]:
         lines += [f"{row['question']}", f"    reference  {row['reference']}", f"    answer     {row['answer']}"]
     return lines
-
-
-def _exact(rows: Sequence[dict[str, Any]], field: str) -> str:
-    given = [r for r in rows if r[field] is not None]
-    return f"{sum(r[field] == r['reference'] for r in given) / len(given):.1%}" if given else "-"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import json
+import resource
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -119,15 +121,39 @@ class MetricsFile:
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
+def memory_gib(device: torch.device) -> float:
+    """The most memory that was taken so far, GiB: on a GPU what torch holds there, elsewhere the whole process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
 def read_metrics(path: Path) -> list[dict[str, Any]]:
     """Rows of a metrics.jsonl."""
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+# what can happen to a run between two steps, and what its row in events.jsonl says of it
+EVENTS = {
+    "start": {"world"},  # training begins, on so many processes
+    "resume": {"world", "world_before"},  # it goes on from a checkpoint; None: the checkpoint did not say
+    "checkpoint": {"seconds"},
+    "mix": {"from_step", "percent"},  # the shares change
+    "plan restarted": {"because"},  # a new order of data
+    "not finite": {"grad_norm", "keys"},  # the step was not taken and the run ends; keys of the samples, if known
+    "stop": set(),  # somebody asked for it
+    "handed off": set(),  # weights/ is written
+}
+
+
 def add_event(run: Path, event: dict[str, Any]) -> None:
-    """Append a row to events.jsonl: {"step", "event", ...}, something that happened to the run between two steps."""
+    """Append a row to events.jsonl: {"step" (finished steps), "event", and the fields that EVENTS names}. The time of
+    the clock is added ("time", seconds since 1970)."""
+    fields = set(event) - {"step", "event"}
+    assert fields == EVENTS[event["event"]], f"{event['event']} has the fields {fields}, not {EVENTS[event['event']]}"
     with (run / "events.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(event, ensure_ascii=False) + "\n")
+        file.write(json.dumps(event | {"time": round(time.time(), 3)}, ensure_ascii=False) + "\n")
 
 
 def clock(seconds: float) -> str:

@@ -26,7 +26,7 @@ from midasheng.model.audio_lm import AudioLM
 from midasheng.model.flops import cost, peak
 from midasheng.sample import counter_seed
 from midasheng.train.listening import ListeningTest
-from midasheng.train.meter import Meter, MetricsFile, Speed, add_event
+from midasheng.train.meter import Meter, MetricsFile, Speed, add_event, memory_gib
 from midasheng.train.optim import clip, learning_rate, optimizer
 
 
@@ -174,6 +174,8 @@ class StageModule(L.LightningModule):
             finite = loss_S.isfinite().tolist()
             suspects += [k for k, good in zip(pack.keys, finite, strict=False) if not good]
         keys = suspects or [k for p in batch.packs for k in p.keys]
+        if suspects or self.trainer.global_rank == 0:  # a rank knows its own samples only
+            add_event(self.run, {"step": self.done, "event": "not finite", "grad_norm": f"{norm}", "keys": suspects})
         raise NotFinite(
             f"step {batch.step}: gradient norm {norm}, loss not finite for {', '.join(keys[:8])}"
             + ("" if suspects else " (loss is finite for each sample alone; one of these)")
@@ -189,7 +191,7 @@ class StageModule(L.LightningModule):
             row = self.meter.row(self._sum_over_ranks)
             self.metrics.add({"step": self.done, "loss": row["loss"], "lr": lr, "grad_norm": norm, **row})
             self._log({"train/loss": row["loss"], "train/lr": lr, "train/grad_norm": norm})
-            speed = self.speed.row(self._sum_over_ranks)
+            speed = self.speed.row(self._sum_over_ranks) | {"memory_gib": memory_gib(self.device)}
             self.speeds.add({"step": self.done, **speed})
             self._log({f"speed/{name}": value for name, value in speed.items()})
             self._follow_mix_file()
@@ -200,6 +202,8 @@ class StageModule(L.LightningModule):
         if self.done % log.checkpoint_every == 0 or last or stop:
             self.save()
         if stop and not last:
+            if self.trainer.global_rank == 0:
+                add_event(self.run, {"step": self.done, "event": "stop"})
             raise Stopped
 
     def _follow_mix_file(self) -> None:
@@ -219,7 +223,7 @@ class StageModule(L.LightningModule):
     def _log(self, values: dict[str, float]) -> None:
         for logger in self.loggers:
             logger.log_metrics(values, step=self.done)
-        too_much = ("lr", "grad_norm", "seconds")  # for one line
+        too_much = ("lr", "grad_norm", "seconds", "memory_gib")  # for one line
         self.shown |= {name: v for k, v in values.items() if (name := k.split("/")[1]) not in too_much}
 
     def _world(self) -> tuple[int, int, Callable[[Tensor], Tensor]]:
@@ -249,10 +253,12 @@ class StageModule(L.LightningModule):
         # a change that was announced after this step was planned must not be forgotten by a resume
         self.plan_state = {**self.plan_state, "events": self.planner.changes()}
         self.ledger.flush(self.plan_state)
-        part = self.checkpoint.with_suffix(".part")
+        part, began = self.checkpoint.with_suffix(".part"), time.monotonic()
         self.trainer.save_checkpoint(part)
         if self.trainer.global_rank == 0:
             os.replace(part, self.checkpoint)
+            seconds = round(time.monotonic() - began, 3)
+            add_event(self.run, {"step": self.done, "event": "checkpoint", "seconds": seconds})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Our own state beside Lightning's."""
@@ -261,6 +267,7 @@ class StageModule(L.LightningModule):
         checkpoint["midasheng"] = {
             "step": self.done, "plan": self.plan_state, "sums": self._sum_over_ranks(self.meter.sums),
             "start_digests": self.start_digests, "seconds": self.seconds, "corpora": list(self.meter.corpora),
+            "world": self.trainer.world_size,
         }  # fmt: skip
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

@@ -227,6 +227,12 @@ def test_the_row_holds_sums_and_pairs_of_the_same_samples(models, sets, tmp_path
             part = found["corpora"][corpus.card.name]
             assert part["loss_sum"] == pytest.approx(float(own[mine, 0].sum()), rel=1e-4)
             assert part["targets"] == int(own[mine, 1].sum())
+        languages = [a.record.alike or "en" for a in asked.asked]  # the card's only one where a record does not say
+        assert found["languages"].keys() == set(languages)
+        for language, part in found["languages"].items():
+            mine = [i for i, spoken in enumerate(languages) if spoken == language]
+            assert part["loss_sum"] == pytest.approx(float(own[mine, 0].sum()), rel=1e-4)
+            assert part["targets"] == int(own[mine, 1].sum())
     assert row["listening"]["samples"] == 12
     assert "also" not in test.row(lora, 0, 1, same, ends=False)
     between = test.row(lora, 0, 1, same, ends=False)
@@ -247,7 +253,7 @@ def test_a_set_without_clips_has_a_validation_loss_and_nothing_else(models, tiny
     test = ListeningTest(held_out_sets(tiny_data, chat, ("text",)), tmp_path, 2)
     test.before(models[1], 0, 1, same)
     row = test.row(models[1], 0, 1, same, ends=True)
-    assert row.keys() == {"val_loss", "targets", "corpora"}
+    assert row.keys() == {"val_loss", "targets", "corpora", "languages"}
     assert verdict({"step": 4, **row}) == []
 
 
@@ -418,10 +424,10 @@ def whole(tiny, tmp_path_factory) -> tuple[Path, str]:
 def test_rows_of_a_stage(whole):
     rows = [r for r in read_metrics(whole[0] / "metrics.jsonl") if "val_loss" in r]
     assert [r["step"] for r in rows] == [0, 2, 4]
-    assert set(rows[0]) == set(rows[2]) == {"step", "val_loss", "targets", "corpora", "also", *HEARD}
-    assert set(rows[1]) == {"step", "val_loss", "targets", "corpora", "listening"}
+    assert set(rows[0]) == set(rows[2]) == {"step", "val_loss", "targets", "corpora", "languages", "also", *HEARD}
+    assert set(rows[1]) == {"step", "val_loss", "targets", "corpora", "languages", "listening"}
     for row in (rows[0], rows[2]):
-        assert set(row["also"]["sft"]) == {"val_loss", "targets", "corpora"}
+        assert set(row["also"]["sft"]) == {"val_loss", "targets", "corpora", "languages"}
         assert row["listening"]["samples"] == 4
         assert set(row["corpora"]["tiny_caption"]) == {"loss_sum", "targets", *HEARD}
         alone = row["val_loss"] + row["text_only"]["difference"]

@@ -24,7 +24,7 @@ from midasheng.data.loader import steps_ahead
 from midasheng.data.room import read_data
 from midasheng.train import fit as fit_room
 from midasheng.train import order as order_room
-from midasheng.train.meter import read_metrics
+from midasheng.train.meter import add_event, read_metrics
 from midasheng.train.module import NotFinite, StageModule, Stopped
 from tests.conftest import (
     Row,
@@ -208,6 +208,8 @@ def test_nan_stops_the_run_and_names_the_sample(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(AudioLM, "forward", poisoned)
     with pytest.raises(NotFinite, match=target):
         run_stage("stage1_align", tiny, tmp_path / "run")
+    last = all_events(tmp_path / "run/mini/stage1_align")[-1]
+    assert (last["event"], last["step"], last["keys"]) == ("not finite", 1, [target])
 
 
 def command(stage: str, tiny, runs: Path, *more: str) -> list[str]:
@@ -353,6 +355,12 @@ def test_another_number_of_processes_neither_warms_up_the_learning_rate_again_no
     assert [g["lr"] for g in of_two] == pytest.approx([lr * rates[5] / rates[9] for lr in last])
 
 
+def test_a_resume_says_on_how_many_processes_it_went_on(elastic):
+    _, run, _ = elastic
+    worlds = [(r["step"], r["world_before"], r["world"]) for r in all_events(run) if r["event"] == "resume"]
+    assert worlds == [(2, 1, 2), (5, 2, 1)]
+
+
 def test_ranks_on_different_plans_end_the_run(tiny, tmp_path):
     """Samples twice and others never, and nothing else would notice: every loss is finite."""
     done = on_two(tmp_path, tiny, OTHER_PLAN)
@@ -390,9 +398,16 @@ def write_mix(monkeypatch: pytest.MonkeyPatch, texts: dict[int, str]) -> None:
     monkeypatch.setattr(StageModule, "training_step", written)
 
 
+def all_events(folder: Path) -> list[dict]:
+    """Rows of events.jsonl without the time of the clock."""
+    rows = [json.loads(line) for line in (folder / "events.jsonl").read_text().splitlines()]
+    assert all(row.pop("time") > 1.6e9 for row in rows)
+    return rows
+
+
 def events(folder: Path) -> list[dict]:
-    path = folder / "events.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """What happened to the order of the data."""
+    return [row for row in all_events(folder) if row["event"] in ("mix", "plan restarted")]
 
 
 def planned(order, steps: int, *changes: tuple[int, tuple[float, ...]], restart: int = 0) -> dict[int, list[Row]]:
@@ -626,3 +641,41 @@ def test_order_for_is_what_the_command_line_gives(tiny, tmp_path):
     )
     assert by_hand.stage == by_command.stage
     assert by_hand.folder == by_command.folder
+
+
+def happened(folder: Path) -> list[tuple[int, str]]:
+    return [(row["step"], row["event"]) for row in all_events(folder)]
+
+
+def test_what_happens_to_a_run_stands_in_events_once(tiny, tmp_path, monkeypatch):
+    """A stop, a kill behind the next checkpoint, the end: what came after the checkpoint that a resume begins at is
+    about to happen again, and is dropped."""
+    more = {"run__length": "8 steps", "log__checkpoint_every": 3}
+    stopped_run(tiny, tmp_path, monkeypatch, 1, **more)
+    folder = tmp_path / "mini/stage1_align"
+    assert happened(folder) == [(0, "start"), (2, "checkpoint"), (2, "stop")]
+    saved, seen = StageModule.save, []
+
+    def dies_while_saving(self):
+        if self.done == 6:
+            seen.extend(happened(folder))
+            add_event(folder, {"step": 6, "event": "checkpoint", "seconds": 1})
+            raise MemoryError
+        saved(self)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(StageModule, "save", dies_while_saving)
+        with pytest.raises(MemoryError):
+            run_stage("stage1_align", tiny, tmp_path, **more)
+    first = [(0, "start"), (2, "checkpoint"), (2, "stop"), (2, "resume"), (3, "checkpoint")]
+    assert seen == first
+    run_stage("stage1_align", tiny, tmp_path, **more)
+    end = [(3, "resume"), (6, "checkpoint"), (8, "checkpoint"), (8, "handed off")]
+    assert happened(folder) == first + end
+    rows = all_events(folder)
+    assert [r for r in rows if r["event"] == "resume"] == [
+        {"step": n, "event": "resume", "world": 1, "world_before": 1} for n in (2, 3)
+    ]
+    run_stage("stage1_align", tiny, tmp_path, **more, fresh=True)
+    saved_at = [(n, "checkpoint") for n in (3, 6, 8)]
+    assert happened(folder) == [(0, "start"), *saved_at, (8, "handed off")]
