@@ -98,8 +98,8 @@ def size_of(tensors: Sequence[Tensor]) -> int:
 
 @dataclass(frozen=True)
 class Dearest:
-    """The largest that a mix has: slots and frames of one sample, share of a pack's slots that are targets; `lead`: the
-    slots that stand once in a pack, beside those of its samples."""
+    """The largest that a mix has: slots and frames of one sample, share of the slots of a pack's samples that are
+    targets; `lead`: the slots that stand once in a pack, beside those of its samples."""
 
     slots: int
     frames: int
@@ -111,7 +111,7 @@ def dearest(sources: Sources, planner: Planner) -> Dearest:
     """What packs are to be tried with. `planner` is at its beginning and is used up."""
     slots, n_frames = sources.most(planner.budget.lead)
     packs = [chosen for step in islice(planner, LOOK) for chosen in step.packs]
-    share = max(sum(s.targets for s in chosen) for chosen in packs) / planner.budget.pack_slots
+    share = max(sum(s.targets for s in chosen) for chosen in packs) / planner.budget.own_slots
     return Dearest(slots, n_frames, share, planner.budget.lead_slots)
 
 

@@ -204,6 +204,31 @@ def test_a_shard_without_a_usable_record_does_not_shorten_the_lead(tmp_path, cha
     assert list(lead_of(corpora_of(root, chat, "every"))) == ids_of(chat, f"{USER}<|audio_bos|>")
 
 
+def test_a_record_that_cannot_be_used_does_not_shorten_the_lead(tmp_path, chat):
+    root = shards(tmp_path)
+    members = [("x.flac", flac(tone(0.5, 1))), *((f"{key}.json", json.dumps(record(1)).encode()) for key in "xy")]
+    write(root / "2.tar", members)
+    (found,) = corpora_of(root, chat, "every")
+    assert found.rows[2].records == 2
+    assert found.rows[2].skipped
+    assert list(lead_of([found])) == found.rows[2].lead == ids_of(chat, f"{USER}<|audio_bos|>")
+
+
+@pytest.mark.parametrize("odd", ["0.tar", "1.tar"])
+def test_the_lead_of_a_corpus_is_that_of_all_its_shards(tmp_path, chat, monkeypatch, odd):
+    def made(card, content, where, clips="heard"):
+        return [arranged("system" if odd in where else "", t) for t in conversations(card, content, where, clips)]
+
+    for room in (shard_room, index_room):
+        monkeypatch.setattr(room, "conversations", made)
+    corpora = corpora_of(shards(tmp_path), chat, "every")
+    assert list(lead_of(corpora)) == ids_of(chat, "<|im_start|>")
+    assert all(len(row.lead) > 1 for row in corpora[0].rows)
+    for laid, batch in emitted(monkeypatch, corpora, Planner(corpora, [100], shape_of(corpora, [100]), 0), chat, 1):
+        assert batch.skipped == ()
+        assert all(check_agreement(row) for _, row in laid)
+
+
 # -- what the loader emits, against what was planned -------------------------------------------------------------------
 
 
@@ -361,6 +386,18 @@ def test_a_record_that_begins_otherwise_leaves_a_hole(tmp_path, chat, monkeypatc
             assert not batch.trained[:, 3].any()
 
 
+def test_a_record_that_shares_less_than_planned_leaves_a_hole(tmp_path, chat, monkeypatch, arrange):
+    """It begins as all do and has as many slots; only its clip is no longer where it could be shared."""
+    corpora = corpora_of(shards(tmp_path), chat, "asked", "text")
+    shape = shape_of(corpora, [50, 50])
+    assert list(shape.lead) == ids_of(chat, USER)
+    arrange("text first", "asked")
+    for laid, batch in emitted(monkeypatch, corpora, Planner(corpora, [50, 50], shape, 0), chat, 1):
+        assert {(s.corpus, s.reason) for s in batch.skipped} == {("asked", "differs from index")}
+        assert {s.corpus for _, row in laid for s in row.samples} == {"asked", "text"}  # of one question: as planned
+        assert all(computed(row) <= shape.pack_slots and not check_agreement(row) for _, row in laid)
+
+
 def test_held_out_samples_share_nothing(tmp_path, chat):
     corpora = corpora_of(shards(tmp_path), chat, "every", "asked")
     shape = replace(shape_of(corpora, [50, 50]), pack_slots=200, pack_frames=200)
@@ -471,7 +508,7 @@ def test_a_budget_leaves_room_for_the_lead():
     slots, n_frames = mean_cost(PLANNED, [25.0] * 4, shared.lead)
     assert shared.own_slots == shared.pack_slots - 3 == pytest.approx(15 * slots, abs=1)
     assert shared.pack_slots < 0.9 * plain.pack_slots
-    assert shared.pack_frames / shared.own_slots == pytest.approx(1.02 * n_frames / slots, rel=0.01)
+    assert shared.pack_frames == pytest.approx(1.02 * shared.own_slots * n_frames / slots, abs=1)
     given = budget(PLANNED, [25.0] * 4, kind="throughput", **asked, share=True)
     assert (given.pack_slots, given.own_slots) == (700, 697)
     exact = sharing("exact", [4.0] * 50, LEAD, 0, text=(30, 31), variants=1)  # 50 slots, 46 beside the lead
@@ -543,6 +580,17 @@ def test_a_resume_with_another_share_is_refused_by_name():
     assert [next(again), next(again)] == steps[2:]
 
 
+def test_a_resume_whose_records_share_otherwise_is_refused(tmp_path, chat, arrange):
+    """As many slots and targets as before, in the same order, behind the same lead."""
+    plans = []
+    for kind in ("", "text first"):
+        arrange(kind, "asked")
+        corpora = corpora_of(shards(tmp_path / f"now {kind}"), chat, "asked", "text")
+        plans.append(Planner(corpora, [50, 50], Budget(400, 600, 2, lead_of(corpora)), 0))
+    with pytest.raises(UserError, match="otherwise: index: what the conversations of a record have in common has"):
+        plans[1].restore(next(plans[0]).state_after)
+
+
 def test_a_run_folder_of_another_share_is_refused_and_one_from_before_goes_on(tmp_path):
     order = Order(config.load(CONFIGS / "stage1_align.yaml", "mini", [], CONFIGS), tmp_path, "mini", "r", "", False)
     share = config.load(CONFIGS / "stage1_align.yaml", "mini", ["batch.share=true"], CONFIGS)
@@ -588,6 +636,10 @@ def test_a_check_sees_full_packs_and_a_beginning_that_differs(tiny_data, tmp_pat
     stage = order_for("stage3_sft", tiny_data, tmp_path, batch__share="true", data__index=tmp_path / "index").stage
     found = check_data(stage)
     assert found.errors == []
+    data = plan_data(stage, open_data(stage, make=False))
+    loader = train_loader(data.planner(0), data.corpora, data.chat, found.steps, rank=0, world=1, workers=0)
+    real = [sum(p.real) for batch in loader for p in batch.packs]
+    assert found.fill_slots == pytest.approx(np.mean(real) / data.budget.pack_slots)
     assert 0.9 < found.fill_slots <= 1
     assert 0.5 < found.fill_frames <= 1
     (asked,) = corpora_of(shards(tmp_path / "shards"), chat, "asked")
@@ -595,6 +647,21 @@ def test_a_check_sees_full_packs_and_a_beginning_that_differs(tiny_data, tmp_pat
     assert _wrong(asked, number, asked.place(number).read()) == ""
     arrange("text first")  # as many slots
     assert "0 text slots in common" in _wrong(asked, number, asked.place(number).read())
+
+
+def test_the_largest_that_is_tried_before_training_is_that_of_packs_that_share(tmp_path, chat):
+    from midasheng.train.memory import dearest
+
+    corpora = corpora_of(shards(tmp_path), chat, "every")
+    for share in (False, True):
+        shape = shape_of(corpora, [100], share)
+        most = dearest(Sources(None, chat, corpora, {}), Planner(corpora, [100], shape, 0))
+        rows = every_row(Planner(corpora, [100], shape, 0))
+        assert (most.slots, most.frames) == (max(r.slots for r in rows), max(r.frames for r in rows))
+        assert most.lead == shape.lead_slots
+        assert bool(most.lead) == share
+        packs = [chosen for step in islice(Planner(corpora, [100], shape, 0), 8) for chosen in step.packs]
+        assert most.targets * shape.own_slots == pytest.approx(max(sum(s.targets for s in chosen) for chosen in packs))
 
 
 def test_the_header_says_what_is_shared(tmp_path, chat):

@@ -5,6 +5,7 @@ import io
 import json
 import re
 import sys
+from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
 
@@ -17,14 +18,14 @@ from midasheng import frames
 from midasheng.config import UserError
 from midasheng.data import peek as judge
 from midasheng.data import plan
-from midasheng.data.chat import Chat
+from midasheng.data.chat import Chat, trunk
 from midasheng.data.loader import conversation, train_loader
 from midasheng.data.manifest import Card, read_mix
 from midasheng.data.peek import Chosen, check, choose, find, planner_before
 from midasheng.data.plan import Budget
 from midasheng.data.room import read_data
 from midasheng.model.adapt import base_state, lora_state
-from midasheng.sample import NO_TARGET, Pack, Turn, bounds, pack
+from midasheng.sample import NO_TARGET, Pack, Sample, Turn, bounds, pack
 from midasheng.train import peek
 from midasheng.train.fit import build, open_starts
 from midasheng.train.module import Stopped
@@ -175,6 +176,56 @@ def test_a_tail_with_a_label(chosen, chat):
     labels_T = chosen.pack.labels_T.clone()
     labels_T[-2] = chat.pad
     assert judge.FILLED in wrong(relabelled(chosen, labels_T), chat)
+
+
+def shared(card: Card, chat: Chat) -> tuple[list[Sample], Chosen]:
+    """Three questions about one clip, and one about another, all behind one lead."""
+
+    def asked(key: str, question: str, seconds: float) -> Sample:
+        turns = [Turn("user", question, clips=1), Turn("assistant", "yes")]
+        return conversation(card, key, turns, [tone(seconds, 0)], chat)
+
+    run = [asked("run", question, 1.0) for question in ("Is it?", "Which one?", "Really?")]
+    common, alone = trunk(run), asked("alone", "Is it?", 2.0)
+    samples = [run[0], *(replace(s, clips=(), common=common) for s in run[1:]), alone]
+    laid = pack(samples, 128, chat.pad, None, 120, int(alone.is_audio.argmax()))
+    counts = Counter({f"{card.name}/run": sum(laid.targets[:3]), f"{card.name}/alone": laid.targets[3]})
+    return samples, Chosen(0, 0, laid, tuple(counts.items()), ())
+
+
+def test_a_pack_that_shares_is_judged_by_whole_conversations(card, chat):
+    samples, chosen = shared(card, chat)
+    p = chosen.pack
+    assert (wrong(chosen, chat), p.shared) == ({}, 2)
+    for number, sample in enumerate(samples):
+        slots = judge.path(p, number)
+        assert p.ids_T[slots].tolist() == sample.ids.tolist()
+        assert p.position_T[slots].tolist() == list(range(len(slots)))
+    own = [f"{card.name}/{s.key}" for s in samples]
+    assert [judge.name(p, n) for n in range(7)] == [*own, *["shared, computed once"] * 2, "dummy tail"]
+    shown = peek.segments(p, chat, None)
+    assert [s.clips for s in shown] == [(), (), (), (1,), (0,), (), ()]
+    assert sum(s.audio_slots for s in shown) == 5 + 10
+
+
+def test_a_pack_that_shares_with_a_wrong_mask_or_clip(card, chat):
+    _, chosen = shared(card, chat)
+    p = chosen.pack
+    starts = p.segment_bounds.tolist()
+    for slot, name in ((starts[5] - 1, judge.FILLED), (starts[5], judge.FILLED), (starts[1], judge.PLACE)):
+        labels_T = p.labels_T.clone()  # on the trunk's last slot, in the lead, on a question
+        labels_T[slot] = p.ids_T[slot + 1]
+        assert name in wrong(relabelled(chosen, labels_T), chat)
+    by_slot = replace(p, audio_K=p.audio_K.sort().values)  # the clip of the run would be heard by the other one
+    assert set(wrong(replace(chosen, pack=by_slot), chat)) == {judge.TOKENS}
+
+
+def test_packs_of_a_stage_that_shares_are_good(tiny_data, tmp_path):
+    stage = order_for("stage3_sft", tiny_data, tmp_path, batch__share="true").stage
+    data = read_data(stage, make=True)
+    chosen = [choose(data, planner_before(data, 0, 0), n) for n in range(data.budget.packs_per_step)]
+    assert [wrong(c, data.chat) for c in chosen] == [{}] * len(chosen)
+    assert all(c.pack.shared for c in chosen)
 
 
 # -- what is shown -----------------------------------------------------------------------------------------------------
