@@ -476,7 +476,7 @@ def test_chat_says_what_is_wrong_in_one_line(run, monkeypatch, capsys, tmp_path)
         ),
         (["--name", run.name, "--audio", good, "--", "top_k=many"], "top_k=many is no int"),
         (["--name", run.name, "--audio", good, "--", "top_p=2"], "top_p=2.0: write a share"),
-        (["--name", str(tmp_path), "--audio", good], "holds no config.json"),
+        (["--name", str(tmp_path), "--audio", good], "holds neither stage.json"),
     ]:
         assert chatted(monkeypatch, run, "--prompt", "Which?", *arguments) == 2
         err = capsys.readouterr().err
