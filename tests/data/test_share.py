@@ -639,6 +639,7 @@ def test_a_check_sees_full_packs_and_a_beginning_that_differs(tiny_data, tmp_pat
     data = plan_data(stage, open_data(stage, make=False))
     loader = train_loader(data.planner(0), data.corpora, data.chat, found.steps, rank=0, world=1, workers=0)
     real = [sum(p.real) for batch in loader for p in batch.packs]
+    assert data.budget.lead_slots
     assert found.fill_slots == pytest.approx(np.mean(real) / data.budget.pack_slots)
     assert 0.9 < found.fill_slots <= 1
     assert 0.5 < found.fill_frames <= 1
@@ -673,4 +674,8 @@ def test_the_header_says_what_is_shared(tmp_path, chat):
     assert text.startswith("4 leading slots are computed once per pack; `answers: all` of asked shares")
     assert f"{asked.shared.mean_frames:.0f} frames a visit instead of {asked.mean_slots:.0f}" in text
     assert "of one" not in text
+    assert f"{asked.shared.mean_slots:.0f} slots and" in text
     assert _unfit(corpora, Budget(10_000, 10_000, 1, (1,))) == ()
+    slots, _ = Sources(None, chat, corpora[:1], {}).most((1,))
+    assert _unfit(corpora[:1], Budget(slots + 1, 10_000, 1, (1,))) == ()
+    assert "may fit no pack" in _unfit(corpora[:1], Budget(slots, 10_000, 1, (1,)))[0]
