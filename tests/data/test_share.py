@@ -2,7 +2,7 @@
 
 import json
 import zlib
-from dataclasses import fields, replace
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -26,15 +26,13 @@ from midasheng.data.loader import conversation, train_loader
 from midasheng.data.manifest import Card, HeldOut, conversations
 from midasheng.data.plan import ALL, Budget, Planned, Planner, budget, check_fits, lead_of, mean_cost
 from midasheng.data.room import Sources, _unfit, open_data, plan_data
-from midasheng.sample import NO_TARGET, Pack, Sample, Turn, pack
+from midasheng.sample import NO_TARGET, Sample, Turn, pack
 from midasheng.train.order import Order, check_run_folder
 from tests.conftest import CONFIGS, flac, order_for, record, tone
 from tests.data.shards import opened, write
 from tests.data.test_plan import Corpus, corpus, speech
 
 ROOT = Path(__file__).parents[2]
-SHARES = "parents" in {f.name for f in fields(Pack)}
-after_the_merge = pytest.mark.skipif(not SHARES, reason="pack() lays nothing together yet: run it with the model half")
 USER = "<|im_start|>user\n"
 ANSWER = "<|im_end|>\n<|im_start|>assistant\n"
 CAPTION = "Write a general audio caption"
@@ -406,7 +404,6 @@ def test_held_out_samples_share_nothing(tmp_path, chat):
     assert rows[0] == rows[1] != []
 
 
-@after_the_merge
 @pytest.mark.parametrize("kind", ["", "system"])
 @pytest.mark.parametrize("stage", ["stage1_align", "stage2_pretrain", "stage3_sft"])
 def test_a_pack_at_mini_has_the_slots_that_were_planned(tmp_path, monkeypatch, arrange, stage, kind):
