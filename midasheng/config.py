@@ -485,7 +485,10 @@ def saved(path: Path) -> dict[str, Any]:
 
 
 def of_run(path: Path) -> Stage:
-    """The stage of a run folder's config.yaml. Raises ConfigError."""
+    """The stage of a run folder's config.yaml. Raises ConfigError, which says what runs there are beside it."""
+    if not path.is_file():
+        there = ", ".join(sorted(p.parent.name for p in path.parent.parent.glob("*/config.yaml"))) or "none"
+        raise ConfigError(f"no run {path.parent} (runs there: {there}); say NAME=...")
     nested: dict[str, Any] = {}
     for name, value in _read(path).items():
         *sections, last = name.split(".")

@@ -220,7 +220,7 @@ def pack(
     )
     is_audio = np.concatenate([*(s.is_audio[start:stop] for s, start, stop, *_ in laid), np.zeros(tail, dtype=bool)])
     audio_K, positions = np.flatnonzero(is_audio), [np.arange(n) for n in segments]
-    for one, position in zip(laid, positions, strict=False):
+    for one, position in zip(laid, positions[: len(laid)], strict=True):
         position += one.start
     if len(laid) > len(samples):  # a trunk stands behind all leaves, its clip does not stand behind all clips
         turns = np.repeat([one.turn for one in laid], lengths)

@@ -25,9 +25,6 @@ def main() -> int:
     args = parser.parse_args()
     folder = Path(args.runs) / args.scale / args.name
     try:
-        if not (folder / "config.yaml").is_file():
-            there = ", ".join(sorted(p.parent.name for p in folder.parent.glob("*/config.yaml"))) or "none"
-            raise UserError(f"no run {folder} (runs there: {there}); say NAME=...")
         stage = config.of_run(folder / "config.yaml")
         data = read_data(stage, make=False)
         ledger = RunLedger(folder, data.planner(stage.run.seed), data.corpora)

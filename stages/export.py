@@ -41,12 +41,9 @@ def main() -> int:
     transformers.logging.set_verbosity_error()  # it warns that it does not know the model whose tokenizer is read
     run = Path(a.runs) / a.scale / a.name
     try:
-        if not (run / "config.yaml").is_file():
-            there = ", ".join(sorted(p.parent.name for p in run.parent.glob("*/config.yaml"))) or "none"
-            raise UserError(f"no run {run} (runs there: {there}); say NAME=...")
+        stage = config.of_run(run / "config.yaml")
         if not (run / "weights" / "stage.json").is_file():
             raise UserError(f"the run {run} is not finished (it has no weights/ yet); finish it first")
-        stage = config.of_run(run / "config.yaml")
         asked = Asked(a.to, a.format, a.dtype, a.target, a.fresh)
         check(asked, stage)
         t = stage.tokenizer

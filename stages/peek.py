@@ -55,9 +55,6 @@ def take(a: argparse.Namespace) -> peek.Look:
             raise UserError(
                 "NAME= looks at a run with its own settings; CONFIG= and SET= are for one that is yet to be"
             )
-        if not (folder / "config.yaml").is_file():
-            there = ", ".join(sorted(p.parent.name for p in folder.parent.glob("*/config.yaml"))) or "none"
-            raise UserError(f"no run {folder} (runs there: {there}); say NAME=..., or CONFIG=path.yaml")
         stage = config.of_run(folder / "config.yaml")
     else:
         stage = config.load(Path(a.config or "configs/stage1_align.yaml"), a.scale, a.settings).stage

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 
 import numpy as np
@@ -73,3 +74,10 @@ def decode(data: bytes, n_samples: int, into: NDArray[np.float32] | None = None)
         out[:filled] = mono[:filled]
     out[filled:] = 0.0
     return out
+
+
+def data_uri(clip_L: NDArray[np.float32]) -> str:
+    """A clip, float32 (n_samples,) at 16 kHz, as a FLAC that can stand inside a page."""
+    file = io.BytesIO()
+    soundfile.write(file, np.clip(clip_L, -1, 1), frames.SAMPLE_RATE, format="FLAC", subtype="PCM_16")
+    return "data:audio/flac;base64," + base64.b64encode(file.getvalue()).decode()

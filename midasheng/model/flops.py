@@ -59,7 +59,8 @@ class Cost:
         n_frames = [frames.frames(n) for n in pack.clips]
         squares = sum(length**2 for n in n_frames for length in frames.chunks(n))
         real = pack.real
-        pairs = sum(n * sum(real[i] for i in line) for n, line in zip(real, lineages(pack.parents), strict=False))
+        lines = lineages(pack.parents[: len(real)])
+        pairs = sum(n * sum(real[i] for i in line) for n, line in zip(real, lines, strict=True))
         return {
             "encoder": self.frame * sum(n_frames) + self.chunk_squared * squares,
             "projector": self.token * sum(frames.audio_tokens(n) for n in pack.clips),

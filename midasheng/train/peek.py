@@ -5,8 +5,6 @@ What it asks the model for is judged by data/peek.py; here it is shown.
 
 from __future__ import annotations
 
-import base64
-import io
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,11 +13,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import soundfile
 import torch
 
 from midasheng import frames
 from midasheng.config import Loaded, Stage
+from midasheng.data.audio import data_uri
 from midasheng.data.chat import Chat
 from midasheng.data.peek import Check, Chosen, bounds, clip_slots, name, quoted, visible
 from midasheng.data.plan import Budget
@@ -351,7 +349,7 @@ def page(look: Look) -> str:
 def _article(segment: Segment, clips: Sequence[np.ndarray]) -> str:
     heard = "".join(
         f'<audio controls preload="metadata" aria-label="clip {c} of {escape(segment.name)}" '
-        f'src="data:audio/flac;base64,{_flac(clips[c])}"></audio>'
+        f'src="{data_uri(clips[c])}"></audio>'
         for c in segment.clips
     )
     flow = "".join(map(_span, segment.pieces))
@@ -380,9 +378,3 @@ def _span(piece: Piece) -> str:
     if piece.instead:
         return f'<mark class="wrong">{words}<b> (asked: {escape(piece.instead)})</b></mark>'
     return f"<mark>{words}</mark>" if piece.asked else words
-
-
-def _flac(clip: np.ndarray) -> str:
-    file = io.BytesIO()
-    soundfile.write(file, np.clip(clip, -1, 1), frames.SAMPLE_RATE, format="FLAC", subtype="PCM_16")
-    return base64.b64encode(file.getvalue()).decode("ascii")

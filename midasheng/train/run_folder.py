@@ -5,9 +5,6 @@ Everything is read as it lies: a half-written last line waits, a damaged one is 
 
 from __future__ import annotations
 
-import base64
-import io
-import itertools
 import json
 import re
 from array import array
@@ -18,20 +15,16 @@ from typing import Any
 
 import numpy as np
 import orjson
-import soundfile
 from numpy.typing import NDArray
 
-from midasheng import config, frames
+from midasheng import config
 from midasheng.config import ConfigError, Stage, UserError
-from midasheng.data.audio import Skip, decode
 from midasheng.data.ledger import read_ledger
 from midasheng.data.manifest import Card
-from midasheng.data.room import mixes, open_chat, open_corpora
-from midasheng.data.storage import StorageError, Unreachable
-from midasheng.train.answers import exact_match
+from midasheng.data.room import mixes
+from midasheng.train.answers import judged, read_clips
 
 POINTS, POINTS_OF_A_GROUP = 2_000, 600  # of a curve on the page, at most
-CLIPS, CLIP_S, CLIPS_BYTES = 24, 12.0, 4_000_000  # players of a run, seconds of each, bytes of all
 SPEED = ("audio_h_per_device_h", "mfu", "encoder_padding", "decoder_padding", "waiting", "memory_gib")
 PAIRED = ("listening", "alike", "text_only")
 Floats = NDArray[np.float64]
@@ -421,48 +414,12 @@ class Run:
     def _answers(self) -> dict[str, Any]:
         """Exact match of the closed questions, and a few answers."""
         path = self.folder / "answers.jsonl"
-        return dict(self._once("answers", [path], lambda: _judged(self.folder.name, _rows(path))))
+        return dict(self._once("answers", [path], lambda: judged(self.folder.name, _rows(path))))
 
     def clips(self) -> dict[str, str]:
         """Audio of the answers that are shown: id -> data URI (FLAC, 16 kHz), or a sentence why there is none."""
         path, shown = self.folder / "answers.jsonl", self._answers()["shown"]
-        return dict(self._once("clips", [path], lambda: self._read_clips(shown)))
-
-    def _read_clips(self, shown: Sequence[dict[str, Any]]) -> dict[str, str]:
-        found: dict[str, str] = {}
-        if not shown:
-            return found
-        why, left, corpora = "", CLIPS_BYTES, {}
-        try:
-            stage = self._stage()
-            mix, also = mixes(stage)
-            wanted = {(row["mix"], row["corpus"]) for row in shown}
-            chat = open_chat(stage)
-            for one in (mix, *also.values()):
-                cards = [card for card in one.cards if (one.name, card.name) in wanted]
-                for corpus in open_corpora(stage, chat, cards, make=False):
-                    corpora[one.name, corpus.card.name] = {r.key: r for r in corpus.held_out}
-        except (UserError, Skip, Unreachable, OSError) as error:
-            why = f"its audio is not there: {error}"
-        for row in shown:
-            record = corpora.get((row["mix"], row["corpus"]), {}).get(row["key"])
-            if why or record is None:
-                found[row["clip"]] = why or "its record is not among the held-out ones"
-            elif record.audio is None:
-                found[row["clip"]] = "a record without audio"
-            elif left <= 0:
-                found[row["clip"]] = f"left out: the page holds {CLIPS_BYTES / 1e6:g} MB of audio for a run"
-            else:
-                try:
-                    wave = decode(record.audio.read(), record.n_samples)[: round(CLIP_S * frames.SAMPLE_RATE)]
-                except (UserError, Skip, StorageError, Unreachable, OSError) as error:
-                    found[row["clip"]] = f"cannot be read: {error}"
-                    continue
-                file = io.BytesIO()
-                soundfile.write(file, wave, frames.SAMPLE_RATE, format="FLAC", subtype="PCM_16")
-                left -= file.tell()
-                found[row["clip"]] = "data:audio/flac;base64," + base64.b64encode(file.getvalue()).decode()
-        return found
+        return dict(self._once("clips", [path], lambda: read_clips(self.folder / "config.yaml", shown)))
 
 
 def _stamp(path: Path) -> Any:
@@ -533,31 +490,3 @@ def _counted(folder: Path) -> tuple[Counter[int], Counter[int], int]:
             corpora, n = np.unique(part.rows[part.rows[:, 3] == good, 0], return_counts=True)
             counts.update(dict(zip(corpora.tolist(), n.tolist(), strict=True)))
     return samples, holes, until
-
-
-def _judged(run: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The table of exact matches, and the rows to show: groups in turn, of each wrong and right ones."""
-    fields = ("mix", "corpus", "key", "question", "reference", "answer")
-    rows = [row for row in rows if all(isinstance(row.get(name), str) for name in fields)]
-    groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
-    for row in rows:
-        kind = row["answers"] if isinstance(row.get("answers"), list) else ["open"]
-        groups.setdefault((row["mix"], row["corpus"], *map(str, kind)), []).append(row)
-    orders = []
-    for group in groups.values():
-        wrong, right = ([r for r in group if (r["answer"] == r["reference"]) == good] for good in (False, True))
-        pairs = itertools.zip_longest(wrong, right)
-        orders.append([row for pair in pairs for row in pair if row is not None])
-    turns = itertools.zip_longest(*orders)
-    picked = [row for turn in turns for row in turn if row is not None][:CLIPS]
-    return {
-        "exact": [found._asdict() for found in exact_match([r for r in rows if isinstance(r.get("answers"), list)])],
-        "rows": len(rows),
-        "shown": [
-            {name: row[name] for name in fields} | {
-                "text_only": row.get("text_only"), "closed": isinstance(row.get("answers"), list),
-                "clip": "/".join((run, row["mix"], row["corpus"], row["key"])),
-            }
-            for row in picked
-        ],
-    }  # fmt: skip

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 
 from midasheng.config import UserError
+from midasheng.train.answers import CLIPS
 from midasheng.train.curves import draw, read_curves, write_csv
 from midasheng.train.report import Report
-from midasheng.train.run_folder import CLIPS, Run, kept, smoothed
+from midasheng.train.run_folder import Run, kept, smoothed
 from midasheng.train.watch import open_server
 
 EVIL = "</script><img src=x onerror=alert(1)>"
