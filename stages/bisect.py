@@ -1,8 +1,8 @@
 """Why a step of a run was not finite; `make bisect NAME=stage2_pretrain` (STEP=n).
 
 Makes the steps that were skipped last again, from the nearest checkpoint, halves their packs down to the sample, and
-says whether it is the data, the numerics or the weights. Samples that fail alone go to the run's quarantine.txt, and the
-run goes on without them. Exit status 1 when nothing was found.
+says whether it is the data, the numerics or the weights. Samples that fail alone go to the run's quarantine.txt, and
+the run goes on without them. Exit status 1 when nothing was found.
 """
 
 import argparse
@@ -39,7 +39,7 @@ def find(folder: Path, asked: int | None) -> int:
     events = bisect.skipped_steps(folder)
     steps = bisect.last_row(events, folder) if asked is None else [asked]
     data = read_data(stage, make=False)
-    model, where = bisect.model_before(stage, folder, steps[0], [e["number"] for e in events])
+    model, where = bisect.model_before(stage, folder, data, steps[0], [e["number"] for e in events])
     print(f"weights: {where}")
     without = records(quarantined(folder), data.corpora)
     replay = bisect.Replay(model, stage, data, without, memory.device_of(stage))
@@ -55,10 +55,10 @@ def find(folder: Path, asked: int | None) -> int:
             f"{', '.join(new)}: now in {folder / FILE}; the same command goes on without. Whoever wants a sample back "
             "takes its line out; a card's `exclude` keeps it from other runs too"
         )
-    elif not any(f.reproduced for f in found):
+    elif not any(f.reproduced for f in found) and steps[0]:
         print(
-            f"Go on up to just before it, with SET=\"log.checkpoint_every={steps[0]} optim.max_skips=1\", and bisect "
-            "again: its weights are then those that met the step"
+            "where the weights above are not exactly those that met the step: train up to it with SET="
+            f'"log.checkpoint_every={steps[0]} optim.max_skips=1" and bisect again'
         )
     return 0 if any(f.reproduced for f in found) else 1
 

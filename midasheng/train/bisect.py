@@ -14,8 +14,12 @@ from midasheng.config import Stage, UserError
 from midasheng.data.loader import Loading, Share
 from midasheng.data.plan import Planned, PlannedStep
 from midasheng.data.room import DataRoom
+from midasheng.model import attention
 from midasheng.model.audio_lm import AudioLM
 from midasheng.sample import Pack, counter_seed
+from midasheng.train import checkpoint
+from midasheng.train.fit import calibrate
+from midasheng.train.peek import started
 from midasheng.train.skips import NOT_FINITE
 
 ENOUGH = 8  # samples that fail alone, none passing, until it is the weights
@@ -52,7 +56,7 @@ class Culprit:
 
 @dataclass(frozen=True)
 class Found:
-    """What became of one step. `together`: the smallest sets that were not finite though each part of them was."""
+    """What became of one step. `together`: sets that were not finite though both halves were."""
 
     step: int
     culprits: tuple[Culprit, ...]
@@ -96,7 +100,7 @@ class Replay:
 
     def packs(self, step: int, packs: Sequence[tuple[int, Sequence[Planned]]], *, small: bool = True) -> list[Pack]:
         """These samples, read and laid as training does; `small`: in packs no larger than they need."""
-        found = []
+        found: list[Pack] = []
         for number, planned in packs:
             shape = self.data.budget
             if small:
@@ -157,7 +161,7 @@ class Replay:
     def _search(
         self, step: int, number: int, planned: list[Planned], tried: Tried
     ) -> tuple[list[Planned], list[list[Planned]]]:
-        """Of samples that failed: those that fail alone, and the smallest sets that only fail together."""
+        """Of samples that failed: those that fail alone, and the sets that fail though their halves do not."""
         if len(planned) == 1:
             return planned, []
         named = [p for p in planned if self.name(p) in tried.wrong]
@@ -216,14 +220,38 @@ def skipped_steps(folder: Path) -> list[dict[str, Any]]:
 def last_row(events: Sequence[dict[str, Any]], folder: Path) -> list[int]:
     """The numbers of the steps that were skipped one after the other at last. Raises UserError where none was."""
     if not events:
-        raise UserError(f"{folder}: no step was skipped for want of a finite loss (events.jsonl); say STEP=n to try one")
+        raise UserError(
+            f"{folder}: no step was skipped for want of a finite loss (events.jsonl); say STEP=n to try one"
+        )
     row = events[-events[-1]["in_a_row"] :]
     last = events[-1]["number"]
     return [e["number"] for e in row if last - e["number"] < len(row)]
 
 
 def distance(at: int, step: int, skipped: Sequence[int]) -> int:
-    """Steps that were taken between a checkpoint at `at` and the step: negative where it is behind the step, 0 where its
-    weights are exactly those that met the step."""
+    """Steps that were taken between a checkpoint at `at` and the step: negative where it is behind the step, 0 where
+    its weights are exactly those that met the step."""
     between = [n for n in range(min(at, step), max(at, step)) if n not in skipped]
     return len(between) if at <= step else -len(between)
+
+
+def model_before(stage: Stage, folder: Path, data: DataRoom, step: int, skipped: Sequence[int]) -> tuple[AudioLM, str]:
+    """The model with weights as near as there are to those that met `step`, from a checkpoint of the run or from its
+    start, and which they are. Raises UserError."""
+    attention.ask(stage.hardware.attention)
+    model = started(replace(stage, hardware=replace(stage.hardware, compile=False)), folder)
+    paths = [p for name in (checkpoint.LAST, checkpoint.BEST) if (p := folder / "checkpoints" / name).is_file()]
+    there = {p: int(checkpoint.read(p)["step"]) for p in paths}
+    # the nearest one, rather before the step than behind it
+    near = min(paths, key=lambda p: ((d := distance(there[p], step, skipped)) < 0, abs(d)), default=None)
+    if near is None:
+        calibrate(model, stage, data)
+        return model, _which("the start of the run", distance(0, step, skipped))
+    checkpoint.restore(model, checkpoint.read(near), near)
+    return model, _which(f"{near}, step {there[near]}", distance(there[near], step, skipped))
+
+
+def _which(where: str, off: int) -> str:
+    if not off:
+        return f"{where}: exactly those that met the step"
+    return f"{where}: {abs(off)} steps were taken between them and the step" + (", which is BEFORE them" * (off < 0))
