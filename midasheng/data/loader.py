@@ -61,6 +61,15 @@ class StepBatch:
         """Tensors moved, as `torch.Tensor.to`; Lightning calls this."""
         return replace(self, packs=tuple(p.to(*args, **kwargs) for p in self.packs))
 
+    def not_taken(self, reason: str) -> StepBatch:
+        """For the ledger: the same step when nothing was learned from it. Every sample is a hole with this reason."""
+        keys = dict.fromkeys((c, k) for p in self.packs for c, k in zip(p.corpora, p.keys, strict=True))
+        rows = self.trained.copy()
+        rows[:, 3] = 0
+        return replace(
+            self, trained=rows, checksum=0, skipped=(*self.skipped, *(Skipped(c, k, reason) for c, k in keys))
+        )
+
 
 def conversation(
     card: Card, key: str, turns: Sequence[Turn], clips: Sequence[NDArray[np.float32]], chat: Chat, *,

@@ -293,6 +293,7 @@ def train(
     else:  # trained to the end, then killed before the hand-off
         module.load_state_dict(torch.load(resume, map_location="cpu", weights_only=True)["state_dict"])
         module.done, module.start_digests, module.seconds = steps_done, saved["start_digests"], saved["seconds"]
+        module.skips.restore(saved["skips"])
     if trainer.is_global_zero:
         record = {
             "stage": stage.name, "name": order.name, "scale": order.scale, "steps": module.done,
@@ -300,7 +301,7 @@ def train(
             "git_commit": git_commit(), "config_hash": config.fingerprint(stage), "midasheng": __version__,
             "torch": str(torch.__version__), "trained": list(stage.train), "lora": list(stage.lora.targets),
             "tokenizer": data.chat.fingerprint(), "skipped": module.ledger.summary(),
-            "seconds": round(module.seconds, 1),
+            "steps_skipped": module.skips.total, "seconds": round(module.seconds, 1),
         }  # fmt: skip
         weights.hand_off(
             model, folder / "weights", record, plan, start_digests=module.start_digests,
