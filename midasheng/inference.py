@@ -12,6 +12,7 @@ import io
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, overload
 
@@ -22,7 +23,6 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from midasheng import frames
-from midasheng.answer import Answer
 from midasheng.config import UserError
 from midasheng.data.audio import Skip, announced_samples, decode
 from midasheng.data.chat import Chat
@@ -41,6 +41,20 @@ Clip: TypeAlias = "str | Path | NDArray[Any] | torch.Tensor | tuple[NDArray[Any]
 Audio: TypeAlias = "Clip | Sequence[Clip] | None"
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 FULL_SCALE = 100.0  # of an array that was scaled to integers; a clipped recording goes little beyond 1
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model says: its text, why it ended ("stop": by itself; "length": at max_new_tokens), the number of its
+    tokens, and seconds from the start of its batch to its end."""
+
+    text: str
+    finish: str
+    new_tokens: int
+    seconds: float
+
+    def __str__(self) -> str:
+        return self.text
 
 
 # -- audio ------------------------------------------------------------------------------------------------------------

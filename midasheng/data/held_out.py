@@ -9,6 +9,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from midasheng import frames
 from midasheng.data.audio import Skip, decode
@@ -51,8 +52,7 @@ class Asked:
         return own, *sorted(_answers(self.record, self.question) - {own})
 
 
-@dataclass(frozen=True)
-class Question:
+class Question(NamedTuple):
     """What is answered in words. `choices`: the answers in training of a closed question, one that has few of them;
     () where the question is open."""
 

@@ -9,15 +9,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from midasheng.answer import Answer
-from midasheng.data.held_out import ALIKE, NONE, OTHER, OWN, Asked, HeldOutSet, Question
+from midasheng.data.held_out import ALIKE, NONE, OTHER, OWN, HeldOutSet, Question
+from midasheng.evaluate.rows import UNREAD, Row
 from midasheng.model.adapt import without_lora
 from midasheng.model.audio_lm import AudioLM
 from midasheng.model.generate import generate
@@ -28,7 +28,7 @@ Reduce = Callable[[Tensor], Tensor]  # sum over ranks
 SURE = 3.0  # standard errors
 SHOWN = 8  # open answers printed at the end
 LONGEST = 48  # tokens of an answer in words
-FINISHED = ("unreadable", "stop", "length")  # why an answer ended; the first: its clip cannot be decoded
+FINISHED = (UNREAD, "stop", "length")  # why an answer ended; the first: its clip cannot be decoded
 
 
 @dataclass(frozen=True)
@@ -103,12 +103,11 @@ class ListeningTest:
                 sums_A2 = self.losses(model, first, NONE, rank, world, reduce).tolist()
                 for a, sums in zip(first.asked, sums_A2, strict=True):
                     told[_name(first, a.corpus, a.record.key, a.variant)] = sums
-            answers = {}
+            answers: dict[str, str | None] = {}
             for asked in self.sets if self.answers else ():
-                closed = [question.asked for question in asked.closed(self.answers)]
+                closed = asked.closed(self.answers)
                 found = self._answers(model, asked, closed, NONE, rank, world, reduce)
-                for a, answer in zip(closed, found, strict=True):
-                    answers[_name(asked, a.corpus, a.record.key, a.variant)] = answer.text
+                answers |= {row.id: row.output for row in found}
         if rank == 0:
             text = json.dumps({"losses": told, "answers": answers}, ensure_ascii=False) + "\n"
             (self.run / "text_only.json").write_text(text, encoding="utf-8")
@@ -177,21 +176,24 @@ class ListeningTest:
     # -- answers in words -------------------------------------------------------------------------------------------
 
     def _answers(
-        self, model: AudioLM, asked: HeldOutSet, questions: Sequence[Asked], kind: str, rank: int, world: int,
+        self, model: AudioLM, asked: HeldOutSet, questions: Sequence[Question], kind: str, rank: int, world: int,
         reduce: Reduce,
-    ) -> list[Answer]:  # fmt: skip
+    ) -> list[Row]:  # fmt: skip
         """Greedy answers, shared over the ranks; packs do not depend on their number, so answers do not either."""
         found_AX = torch.zeros(len(questions), 3 + LONGEST, dtype=torch.float64)  # finish, seconds, length, ids
-        for numbers, prompts in asked.prompts(questions, kind, rank, world):
+        for numbers, prompts in asked.prompts([q.asked for q in questions], kind, rank, world):
             found = generate(model, prompts, [asked.chat.im_end], LONGEST)
             for number, one in zip(numbers, found, strict=True):
-                row = [FINISHED.index(one.finish), one.seconds, len(one.ids), *one.ids]
-                found_AX[number, : len(row)] = torch.tensor(row, dtype=torch.float64)
-        answers = []
-        for finish, seconds, length, *ids in reduce(found_AX).tolist():
-            own = [int(i) for i in ids[: int(length)]]
-            answers.append(Answer(asked.chat.decode(own), FINISHED[int(finish)], len(own), seconds))
-        return answers
+                values = [FINISHED.index(one.finish), one.seconds, len(one.ids), *one.ids]
+                found_AX[number, : len(values)] = torch.tensor(values, dtype=torch.float64)
+        rows = []
+        for (a, choices), (finish, seconds, length, *ids) in zip(questions, reduce(found_AX).tolist(), strict=True):
+            output = asked.chat.decode([int(i) for i in ids[: int(length)]]) if finish else None
+            rows.append(Row(
+                _name(asked, a.corpus, a.record.key, a.variant), asked.corpora[a.corpus].card.task, a.question, choices,
+                a.references, output, int(length), FINISHED[int(finish)], round(seconds, 3),
+            ))  # fmt: skip
+        return rows
 
     def questions(self, asked: HeldOutSet, *, end: bool) -> list[Question]:
         """What a validation asks in words: a few questions, the same ones each time; before them, at the end, closed
@@ -216,15 +218,11 @@ class ListeningTest:
         rows: list[dict[str, Any]] = []
         for asked in self.sets if end else self.sets[:1]:
             questions = self.questions(asked, end=end)
-            answers = self._answers(model, asked, [q.asked for q in questions], OWN, rank, world, reduce)
-            for question, answer in zip(questions, answers, strict=True):
-                a, card = question.asked, asked.corpora[question.asked.corpus].card
-                name = _name(asked, a.corpus, a.record.key, a.variant)
-                row = answer.row(
-                    id=name, task=card.task, prompt=a.question, choices=question.choices, references=a.references
-                )
-                row = {"step": step, **row, "mix": asked.name, "corpus": card.name, "key": a.record.key}
-                rows.append(row | ({"text_only": text_only[name]} if name in text_only else {}))
+            answers = self._answers(model, asked, questions, OWN, rank, world, reduce)
+            for (a, _), answer in zip(questions, answers, strict=True):
+                row = {"step": step, **asdict(answer), "mix": asked.name}
+                row |= {"corpus": asked.corpora[a.corpus].card.name, "key": a.record.key}
+                rows.append(row | ({"text_only": text_only[answer.id]} if answer.id in text_only else {}))
         return rows
 
 
@@ -281,5 +279,5 @@ def answer_table(path: Path) -> list[str]:
         exact, text_only = ("-" if share is None else f"{share:.1%}" for share in (g.exact, g.text_only))
         lines.append(f"{label:72}{g.clips:6}{exact:>8}{g.chance:8.1%}{text_only:>11}")
     for row in [r for r in rows if not r["choices"]][:SHOWN]:
-        lines += [row["prompt"], f"    reference  {row['references'][0]}", f"    answer     {row['output']}"]
+        lines += [row["prompt"], f"    reference  {row['references'][0]}", f"    answer     {row['output'] or ''}"]
     return lines

@@ -43,11 +43,11 @@ SAID = (  # values of a row -> how they are said; what comes first is seen in a 
     (("skipped",), "STEPS SKIPPED {:.0f}"),
     (("val_loss",), "val {:.3f}"),
     (("listening",), "listening {:+.3f}"),
+    (("validation_s", "answers_s"), "validated in {:.1f} s, {:.1f} of it for answers"),
     (("audio_h_per_device_h",), "{:.3g} audio-h/h"),
     (("mfu",), "MFU {:.1%}"),
     (("decoder_padding", "encoder_padding"), "padding {:.1%}/{:.1%}"),
     (("waiting",), "wait {:.1%}"),
-    (("validation_s", "answers_s"), "took {:.1f} s, {:.1f} of it to answer in words"),
 )
 VALIDATION = ("val_loss", "listening", "validation_s", "answers_s")
 
@@ -157,7 +157,9 @@ def speed(folder: Path) -> list[str]:
         return 1 - sum(n for n, _ in there) / computed if computed else 0.0
 
     took, answered = (sum(r[name] for r in validations) for name in ("validation_s", "answers_s"))
-    looked = [f"besides, {len(validations)} validations took {clock(took)}, {clock(answered)} of it to answer in words"]
+    looked = [
+        f"besides, {len(validations)} validations took {clock(took)}, {clock(answered)} of it for answers in words"
+    ]
     slots, n_frames = (
         padding("slots_per_s", "decoder_padding"), padding("audio_h_per_device_h", "encoder_padding")
     )  # fmt: skip

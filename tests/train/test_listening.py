@@ -22,6 +22,7 @@ from midasheng.data.audio import Skip
 from midasheng.data.held_out import ALIKE, KINDS, NONE, OTHER, OWN, HeldOutSet
 from midasheng.data.manifest import read_mix
 from midasheng.data.plan import budget
+from midasheng.evaluate.rows import Row
 from midasheng.model import adapt
 from midasheng.model.audio_lm import AudioLM
 from midasheng.model.generate import Continuation, generate
@@ -36,7 +37,7 @@ from tests.model import tiny_lm
 from tests.train.test_resume import stop_after
 
 SETS = ("pretrain", "sft")
-FIELDS = ["id", "task", "prompt", "choices", "references", "output", "new_tokens", "finish_reason", "seconds"]
+FIELDS = list(Row.__dataclass_fields__)  # those of an evaluation
 HEARD = ("listening", "alike", "text_only")
 
 
@@ -335,7 +336,7 @@ def test_ranks_share_the_answers_and_none_depends_on_their_number(models, sets, 
     assert sum(n > 0 for n in busy.values()) > 1
 
 
-def test_an_answer_to_a_clip_that_cannot_be_decoded_is_empty_and_says_so(models, sets, tmp_path, monkeypatch):
+def test_an_answer_to_a_clip_that_cannot_be_decoded_is_none_and_says_so(models, sets, tmp_path, monkeypatch):
     asked = sets[0].open(4)
     lost = asked[1].record.n_samples
 
@@ -348,7 +349,7 @@ def test_an_answer_to_a_clip_that_cannot_be_decoded_is_empty_and_says_so(models,
     rows = ListeningTest(sets, tmp_path, 0, 4).answer(models[1], 0, 0, 1, same, end=False)
     gone = [r for a, r in zip(asked, rows, strict=True) if a.record.n_samples == lost]
     assert gone
-    assert all((r["output"], r["new_tokens"], r["finish_reason"]) == ("", 0, "unreadable") for r in gone)
+    assert all((r["output"], r["new_tokens"], r["finish_reason"]) == (None, 0, "unread") for r in gone)
     assert all(r["finish_reason"] in ("stop", "length") for r in rows if r not in gone)
 
 

@@ -92,7 +92,7 @@ def test_the_summary_is_weighted(tmp_path):
     assert speed(tmp_path) == [
         "1.50 audio-hours trained on; on a device 15 audio-hours an hour, MFU 15.0%; padding 33.3% of the slots, 14.3% of "
         "the frames; 10.0% of the time waiting for data",
-        "besides, 2 validations took 1 min 30 s, 7 s of it to answer in words",
+        "besides, 2 validations took 1 min 30 s, 7 s of it for answers in words",
     ]
     (tmp_path / "speed.jsonl").unlink()
     assert speed(tmp_path) == []
@@ -103,8 +103,8 @@ def test_a_run_says_it_all(tiny_data, tmp_path, capsys):
     run_stage("text_decoder", tiny_data, tmp_path, log__progress="true", run__length="2 steps", log__val_every=9)
     out = capsys.readouterr().out
     number = r"[\d.e+]+"
-    rows = rf"step 2/2  loss {number}  val {number}  {number} audio-h/h  MFU {number}%  "
+    took = rf"validated in {number} s, {number} of it for answers"
+    rows = rf"step 2/2  loss {number}  val {number}  {took}  {number} audio-h/h  MFU {number}%  "
     assert re.search(rows + rf"padding {number}%/{number}%  wait {number}%  0 s left", out), out
-    took = rf"step 0/2  val {number}  took {number} s, {number} of it to answer in words"
-    assert re.search(took, out), out
+    assert re.search(rf"step 0/2  val {number}  {took}", out), out
     assert re.search(rf"{number} audio-hours trained on; on a device {number} audio-hours an hour, MFU", out)
