@@ -12,7 +12,9 @@ import soundfile
 import torch
 from safetensors.torch import load_file
 
-from midasheng.config import ConfigError, Optim
+from midasheng.config import ConfigError, Optim, UserError
+from midasheng.data.audit import RunLedger
+from midasheng.data.room import read_data
 from midasheng.model.audio_lm import AudioLM
 from midasheng.train import skips as room
 from midasheng.train.meter import read_metrics
@@ -256,3 +258,58 @@ def test_all_ranks_skip_alike_also_where_only_one_of_them_knows(bad, whole, tmp_
             assert a.get(name, 0.0) == pytest.approx(b.get(name, 0.0), rel=1e-4, nan_ok=True)
     a, b = (load_file(run / "weights/model.safetensors")[NAME] for run in (one, two))
     assert torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+# -- quarantine ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_resume_trains_on_all_but_what_is_quarantined(bad, whole, tmp_path):
+    """One hole where the sample stood, everything else in its place; the run that could not go on goes on."""
+    order = order_for("stage1_align", bad, tmp_path, **RUN, optim__max_skips=1)
+    with pytest.raises(NotFinite):
+        run_stage("stage1_align", bad, tmp_path, **RUN, optim__max_skips=1)
+    name = f"tiny_caption/{whole[1]}"
+    (order.folder / "quarantine.txt").write_text(f"# by hand\n{name}  # too loud\n")
+    run_stage("stage1_align", bad, tmp_path, **RUN, optim__max_skips=1)
+    planned, found = (trained_keys(folder, order) for folder in (whole[0], order.folder))
+    assert found == {step: [k for k in keys if k != name] for step, keys in planned.items()}
+    assert planned[BAD] != found[BAD]
+    rows = [
+        [row[:3] for row in of] for folder in (whole[0], order.folder) for of in ledger_rows(folder).values()
+    ]  # fmt: skip
+    assert rows[:5] == rows[5:]
+    assert [e["step"] for e in all_events(order.folder, "step skipped")] == []  # the step was trained in the end
+    assert all(math.isfinite(r.get("loss", 0)) for r in read_metrics(order.folder / "metrics.jsonl"))
+    skipped = [json.loads(line) for line in (order.folder / "skipped.jsonl").read_text().splitlines()]
+    assert [r for r in skipped if r["step"] >= 0] == [
+        {"step": BAD, "corpus": "tiny_caption", "key": whole[1], "reason": "quarantined"}
+    ]
+    data = read_data(order.stage, make=False)
+    audit = RunLedger(order.folder, data.planner(0), data.corpora).audit()
+    assert (audit.holes, audit.faults) == ({"quarantined": 1}, [])
+    assert "1 holes (1 quarantined)" in audit.text()
+
+
+def test_skipped_steps_are_no_fault_of_an_audit(bad, tmp_path):
+    folder = run_stage("stage1_align", bad, tmp_path, **RUN)
+    data = read_data(order_for("stage1_align", bad, tmp_path, **RUN).stage, make=False)
+    audit = RunLedger(folder, data.planner(0), data.corpora).audit()
+    holes = [row for row in ledger_rows(folder)[BAD] if not row[3]]
+    assert (audit.holes, audit.faults) == ({"step not taken": len(holes)}, [])
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("tiny_caption/tone999", "corpus tiny_caption has no training record tone999"),
+        ("tone1", "in no corpus of the mix .there are: tiny_caption"),
+        ("tiny_qa/tone1", "in no corpus of the mix"),
+    ],
+)
+def test_a_line_that_names_no_sample_is_refused(tiny, tmp_path, line, message):
+    """It would be trained on."""
+    (tmp_path / "mini/stage1_align").mkdir(parents=True)
+    (tmp_path / "mini/stage1_align/quarantine.txt").write_text(line + "\n")
+    with pytest.raises(UserError, match=message):
+        run_stage("stage1_align", tiny, tmp_path)
+    assert [p.name for p in (tmp_path / "mini/stage1_align").iterdir()] == ["quarantine.txt"]
