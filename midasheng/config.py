@@ -221,6 +221,9 @@ class Log:
         "same ones (answers.jsonl); at the end of data.also too. 0: none",
         free=True,
     )
+    keep_best: bool = key(
+        False, "also keep checkpoints/best.ckpt, that of the lowest validation loss (after step 0)", free=True
+    )
     progress: bool = key(True, "progress bar", free=True)
 
 
