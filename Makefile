@@ -39,7 +39,7 @@ ASKED   = $(if $(TASK),--task "$(TASK)") $(if $(PROMPT),--prompt "$(PROMPT)") $(
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data prepare check-data index finetune stage1 stage2 stage3 stages curves report watch peek audit bisect chat evaluate export keys bench test test-browser lint
+.PHONY: help setup data prepare check-data preflight index finetune stage1 stage2 stage3 stages curves report watch peek audit bisect chat evaluate export keys bench test test-browser lint
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -93,6 +93,10 @@ prepare: setup  ## from DATA (.csv, .tsv, .jsonl, a dataset, cuts, tars) to shar
 
 check-data: setup  ## before training: open every shard with the training code, plan ahead, name what is wrong
 	@$(PY) -m stages.check_data --scale "$(SCALE)" --runs "$(RUNS)" $(if $(CONFIG),--config "$(CONFIG)") $(SET)
+
+preflight: setup  ## all that a stage's start checks, without training, as far as this machine allows (CONFIG= for one)
+	@$(PY) -m stages.preflight --scale "$(SCALE)" --runs "$(RUNS)" $(if $(CONFIG),--config "$(CONFIG)") \
+	  $(if $(NAME),--name "$(NAME)") $(if $(FROM),--from "$(FROM)") $(if $(FRESH),--fresh) $(SET)
 
 peek: setup  ## one pack as the model sees it, and whether its mask is right (CONFIG= or NAME=, STEP= PACK= KEY= TO=x.html)
 	@$(PY) -m stages.peek --scale "$(SCALE)" --runs "$(RUNS)" $(if $(CONFIG),--config "$(CONFIG)") \
