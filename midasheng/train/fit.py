@@ -28,10 +28,10 @@ from midasheng.data.room import DataRoom, open_data, plan_data
 from midasheng.model import adapt, attention, kernels, loss, weights
 from midasheng.model.audio_lm import AudioLM
 from midasheng.model.encoder import EncoderShape
-from midasheng.model.sources import WeightsError, check_learned, check_stage, open_source, part_digests
+from midasheng.model.sources import WeightsError, check_learned, check_stage, open_source
 from midasheng.sample import counter_seed
-from midasheng.train import memory, optim
-from midasheng.train.listening import ListeningTest
+from midasheng.train import checkpoint, memory, optim
+from midasheng.train.listening import LONGEST, ListeningTest
 from midasheng.train.meter import add_event
 from midasheng.train.module import StageModule, Stopped, StopRequest
 from midasheng.train.order import Order, check_run_folder, command_line, is_first
@@ -176,6 +176,9 @@ def header(order: Order, data: DataRoom, kernels: str, memory_lines: Sequence[st
     )
     if b.lead is not None:
         lines.append(f"  {shared(b.lead_slots, data.corpora)}")
+    few, asked = len(data.held_out[0].open(stage.log.answers)), len(data.held_out[0].asked)
+    words = f", {few} of them answered in words (at most {LONGEST} tokens each)" if few else ""
+    lines.append(f"  validation every {stage.log.val_every} steps and at both ends: {asked} held-out samples{words}")
     lines += [f"  note: {note}" for note in data.notes]
     return "\n".join([*lines, kernels, *memory_lines]) + "\n"
 
@@ -222,7 +225,8 @@ def fit(order: Order) -> None:
         print(f"{folder} is finished (NAME=... for another run, FRESH=1 to train it again)")
         return
     model, table, plan = build(order, starts)
-    text = header(order, data, kernels, memory.check(order, model, sources, data.budget)) + "\n" + table
+    lines = [*memory.check(order, model, sources, data.budget), checkpoint.check_room(folder, model, stage)]
+    text = header(order, data, kernels, lines) + "\n" + table
     if first:
         print(text)
         if order.fresh:
@@ -241,8 +245,8 @@ def train(
 ) -> None:  # fmt: skip
     """Train from step 0 or from the checkpoint, then write weights/. `without`: what is quarantined."""
     stage, folder, hardware = order.stage, order.folder, order.stage.hardware
-    resume = folder / "checkpoints" / "last.ckpt"
-    saved = torch.load(resume, map_location="cpu", weights_only=True)["midasheng"] if resume.is_file() else None
+    resume = folder / "checkpoints" / checkpoint.LAST
+    saved = checkpoint.read(resume) if resume.is_file() else None
     changed = differences(saved["plan"]["fingerprint"], planner.fingerprint()) if saved else ""
     if saved and changed and stage.data.on_change == "restart_plan":
         restart_plan(folder, planner, saved["step"], changed)
@@ -254,8 +258,7 @@ def train(
     stop = StopRequest()
     module = StageModule(
         model, stage, data.course, [c.card.name for c in data.corpora],
-        ListeningTest(data.held_out, folder, stage.data.answers), folder,
-        part_digests(adapt.base_state(model)), stop,
+        ListeningTest(data.held_out, folder, stage.data.answers, stage.log.answers), folder, stop, saved,
     )  # fmt: skip
     trainer = L.Trainer(
         accelerator=hardware.accelerator, devices=hardware.devices, num_nodes=hardware.nodes,
@@ -270,7 +273,8 @@ def train(
         trim(folder, steps_done if saved else -1)
         drop_after(folder / "events.jsonl", steps_done + 1 if saved else -1)
         if not saved:  # killed before its first checkpoint
-            (folder / "metrics.jsonl").unlink(missing_ok=True)
+            for name in ("metrics.jsonl", "speed.jsonl", "answers.jsonl"):
+                (folder / name).unlink(missing_ok=True)
     module.planner = planner
     module.ledger = Ledger(folder, trainer.global_rank, [c.card.name for c in data.corpora])
     for corpus in data.corpora:
@@ -283,17 +287,14 @@ def train(
     if saved and is_first():
         aside = f"; {len(without)} samples are in {folder / FILE}" if without else ""
         print(f"resuming at step {steps_done} of {data.course.steps}{aside}")
-    if saved is None or steps_done < data.course.steps:
+    if steps_done < data.course.steps:  # else it was killed between its last step and the hand-off
         loader = train_loader(
             planner, data.corpora, data.chat, data.course.steps, rank=trainer.global_rank, world=trainer.world_size,
             workers=hardware.workers, prefetch=hardware.prefetch, without=without,
         )  # fmt: skip
-        with stoppable(stop):
-            trainer.fit(module, loader, ckpt_path=resume if saved else None, weights_only=True)
-    else:  # trained to the end, then killed before the hand-off
-        module.load_state_dict(torch.load(resume, map_location="cpu", weights_only=True)["state_dict"])
-        module.done, module.start_digests, module.seconds = steps_done, saved["start_digests"], saved["seconds"]
-        module.skips.restore(saved["skips"])
+        del saved
+        with stoppable(stop), module.writer:
+            trainer.fit(module, loader)
     if trainer.is_global_zero:
         record = {
             "stage": stage.name, "name": order.name, "scale": order.scale, "steps": module.done,
@@ -345,7 +346,7 @@ def run_stage(default: str, contract: Callable[[Stage], None], argv: Sequence[st
         return 130
     except Stopped:
         if is_first():
-            saved = order.folder / "checkpoints" / "last.ckpt"
+            saved = order.folder / "checkpoints" / checkpoint.LAST
             print(f"stopped; {saved} holds everything: the same command goes on from there")
         return 130
     return 0
