@@ -148,8 +148,8 @@ def transcripts(rows: Sequence[Row], normalise: str = "english", unit: str = "wo
 
 
 def exact(output: str | None, references: Sequence[str]) -> bool:
-    """Is an output one of the references, but for case and punctuation? Training's validation counts with it too."""
-    return plain(output or "") in {plain(reference) for reference in references}
+    """Is an output one of the references, to the character? Training's validation counts with it too."""
+    return output in references
 
 
 def most_frequent(references: Sequence[str]) -> Number:
@@ -174,8 +174,11 @@ def labels_in(output: str, labels: Sequence[str]) -> set[str]:
 
 
 def label(rows: Sequence[Row], labels: Sequence[str] = ()) -> Scored:
-    """One label of a set: `contained` (of all labels the reference alone stands in the output), `strict` (it is the
-    output), and `contained_paper`, the authors' rule: the reference's characters stand somewhere in the output's.
+    """One label of a set.
+
+    `contained`: of all labels the reference alone stands in the output. `strict`: it is the output, but for case and
+    punctuation; `exact`: to the character. `contained_paper`, the authors' rule: the reference's characters stand
+    somewhere in the output's.
 
     The set is `labels`, or else all references and choices of the task.
     """
@@ -185,7 +188,8 @@ def label(rows: Sequence[Row], labels: Sequence[str] = ()) -> Scored:
         "label/1", normaliser("plain")[1],
         {
             "contained": ratio([f == {plain(row.references[0])} for f, row in zip(found, rows, strict=True)]),
-            "strict": ratio([exact(row.text, row.references) for row in rows]),
+            "strict": ratio([plain(row.text) == plain(row.references[0]) for row in rows]),
+            "exact": ratio([exact(row.output, row.references) for row in rows]),
             "contained_paper": ratio([row.references[0].lower().strip() in row.text.lower().strip() for row in rows]),
             "most_frequent": most_frequent([row.references[0] for row in rows]),
         },
