@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from midasheng import __version__, config
-from midasheng.config import ConfigError, Stage, UserError
+from midasheng.config import DDP, FSDP, ConfigError, Stage, UserError
 from midasheng.data.index import CorpusIndex
 from midasheng.data.ledger import Ledger, Skipped, drop_after, trim
 from midasheng.data.loader import first_clips, keep_freed_memory, train_loader
@@ -29,7 +29,7 @@ from midasheng.model.audio_lm import AudioLM
 from midasheng.model.encoder import EncoderShape
 from midasheng.model.sources import WeightsError, check_learned, check_stage, open_source, part_digests
 from midasheng.sample import counter_seed
-from midasheng.train import memory, optim
+from midasheng.train import memory, optim, sharded
 from midasheng.train.listening import ListeningTest
 from midasheng.train.meter import add_event
 from midasheng.train.module import StageModule, Stopped, StopRequest
@@ -254,9 +254,12 @@ def train(
         ListeningTest(data.held_out, folder, stage.data.answers), folder,
         part_digests(adapt.base_state(model)), stop,
     )  # fmt: skip
+    kind = sharded.chosen(hardware, model)
+    if kind == DDP:
+        sharded.leave_out_frozen(module)
     trainer = L.Trainer(
         accelerator=hardware.accelerator, devices=hardware.devices, num_nodes=hardware.nodes,
-        strategy="ddp" if hardware.devices * hardware.nodes > 1 else "auto",
+        strategy=sharded.strategy(kind, hardware),
         max_epochs=1, use_distributed_sampler=False, precision="32-true", limit_val_batches=0, num_sanity_val_steps=0,
         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
         callbacks=[ProgressLine()] if stage.log.progress else [],
@@ -300,10 +303,13 @@ def train(
         }  # fmt: skip
         weights.hand_off(
             model, folder / "weights", record, plan, start_digests=module.start_digests,
-            audio_ids=data.chat.audio_ids, save_tokenizer=data.chat.save,
+            audio_ids=data.chat.audio_ids, save_tokenizer=data.chat.save, gather=sharded.gather,
         )  # fmt: skip
         add_event(folder, {"step": module.done, "event": "handed off"})
         print("\n".join([*ending(folder), f"skipped: {module.ledger.summary()}; weights in {folder / 'weights'}"]))
+    elif kind == FSDP:
+        for tensor in weights.handed_off(model):
+            sharded.gather(tensor)
 
 
 def restart_plan(folder: Path, planner: Planner, step: int, changed: str) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -25,6 +26,7 @@ from midasheng.data.room import Course
 from midasheng.model.audio_lm import AudioLM
 from midasheng.model.flops import cost, peak
 from midasheng.sample import counter_seed
+from midasheng.train import sharded
 from midasheng.train.listening import ListeningTest
 from midasheng.train.meter import Meter, MetricsFile, Speed, add_event, memory_gib
 from midasheng.train.optim import clip, learning_rate, optimizer
@@ -73,6 +75,12 @@ class StageModule(L.LightningModule):
 
     # -- Lightning's hooks ------------------------------------------------------------------------------------------
 
+    def configure_model(self) -> None:
+        """Share the model among the ranks where the strategy is FSDP2."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy) and not sharded.groups(self.model):
+            sharded.shard(self.model, strategy.root_device.type, self.stage.hardware.shard)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over what learns."""
         return optimizer(self.model.named_parameters(), self.stage.optim)
@@ -86,12 +94,14 @@ class StageModule(L.LightningModule):
         self.speeds = MetricsFile(self.run / "speed.jsonl", self.done, write=rank == 0)
         assert self.ledger is not None
         self.model.train()
+        self.shards = sharded.shards_group(self.model)
         at, how = peak(self.device, self.model.compute_dtype or torch.float32)
         self.speeds.add({"step": self.done, "peak_flops_per_s": at, "peak": how})
         self.speed = Speed(cost(self.model), at, self.trainer.world_size)
         if self.done == 0:
             self.model.eval()
-            self.test.before(self.model, *self._world())
+            with sharded.whole(self.model):
+                self.test.before(self.model, *self._world())
             self._validate(ends=True)
         self.left = time.monotonic()
 
@@ -119,7 +129,7 @@ class StageModule(L.LightningModule):
                 self.manual_backward(loss_S.sum() * scale)
             losses.append(loss_S.detach())
         norm, stop, digests = self._read(
-            batch, losses, clip(self.model.parameters(), self.stage.optim.clip_norm), sums_3
+            batch, losses, clip(self.model.parameters(), self.stage.optim.clip_norm, self.shards), sums_3
         )
         if digests != world * digest:  # CRC32: its multiples are exact in float64
             raise AssertionError(
@@ -133,7 +143,8 @@ class StageModule(L.LightningModule):
     # -- inside a step ----------------------------------------------------------------------------------------------
 
     def _gradients_stay_here(self, *, unless: bool) -> contextlib.AbstractContextManager[None]:
-        """DDP reduces gradients only with the last pack of a step."""
+        """Gradients are reduced only with the last pack of a step."""
+        sharded.sync(self.model, unless)
         wrapper = self.trainer.strategy.model
         if unless or not isinstance(wrapper, DistributedDataParallel):
             return contextlib.nullcontext()
@@ -197,8 +208,10 @@ class StageModule(L.LightningModule):
             self._follow_mix_file()
         if self.done % log.val_every == 0 or last:
             self._validate(ends=last)
-        if last and self.trainer.global_rank == 0 and self.stage.data.answers:
-            self.test.answer(self.model)
+        if last and self.stage.data.answers:
+            with sharded.whole(self.model):
+                if self.trainer.global_rank == 0:
+                    self.test.answer(self.model)
         if self.done % log.checkpoint_every == 0 or last or stop:
             self.save()
         if stop and not last:
@@ -232,7 +245,7 @@ class StageModule(L.LightningModule):
     def _validate(self, *, ends: bool) -> None:
         """Held-out loss and listening difference; `ends`: at the start and the end of the stage, all that is asked."""
         self.model.eval()
-        with self.speed.paused():
+        with self.speed.paused(), sharded.whole(self.model):
             row = self.test.row(self.model, *self._world(), ends=ends)
         self.model.train()
         self.metrics.add({"step": self.done, **row})
