@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,7 +85,7 @@ def kept(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[s
             continue
         state = optimizer.state[p]
         tensors = {key: local(state[key]) for key in (*MOMENTS, *CODES, *SCALES) if key in state}
-        yield name, p, {WEIGHT: local(p), **tensors}, int(state["step"])
+        yield name, p, {WEIGHT: local(p), **tensors}, int(state.get("step", 0))  # 0: no step was taken yet
 
 
 def write(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
@@ -123,10 +123,11 @@ def write(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Opti
     return name
 
 
-def forget(folder: Path, named: Iterable[str]) -> None:
-    """Remove the shards that no checkpoint names."""
+def forget(folder: Path) -> None:
+    """Remove the shards that no checkpoint in the folder names."""
+    named = [torch.load(path, mmap=True, weights_only=True)["shards"] for path in folder.glob("*.ckpt")]
     for path in folder.glob(f"{PREFIX}*"):
-        if path.name not in set(named):
+        if path.name not in named:
             shutil.rmtree(path, ignore_errors=True)
 
 
@@ -170,12 +171,13 @@ def _reader(file: Any, name: str) -> Callable[[str, int, int], Tensor]:
 
 
 def held(where: str, learned: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Any]]) -> Saved:
-    """The same of a checkpoint that holds whole tensors. `states`: name -> the optimizer's state of it, flat."""
+    """The same of a checkpoint that holds whole tensors. `states`: name -> the optimizer's state of it, flat; empty
+    where no step was taken yet."""
     pieces = {}
-    for name, state in states.items():
-        kept_of = {WEIGHT: learned[name]} | {k: t for k, t in state.items() if isinstance(t, Tensor)}
-        pieces[name] = [Piece(0, learned[name].numel(), _slicer(kept_of))]
-    return Saved(where, pieces, {name: int(state["step"]) for name, state in states.items()})
+    for name, tensor in learned.items():
+        kept_of = {WEIGHT: tensor} | {k: t for k, t in states.get(name, {}).items() if isinstance(t, Tensor)}
+        pieces[name] = [Piece(0, tensor.numel(), _slicer(kept_of))]
+    return Saved(where, pieces, {name: int(states.get(name, {}).get("step", 0)) for name in learned})
 
 
 def _slicer(tensors: Mapping[str, Tensor]) -> Callable[[str, int, int], Tensor]:
@@ -192,13 +194,15 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Saved) ->
     if surplus := sorted(saved.pieces.keys() - ours.keys()):
         raise ShardError(f"{saved.where} holds {len(surplus)} tensors that do not learn here, the first {surplus[0]}")
     names = {id(p): n for n, p in ours.items()}
+    optimizer.state.clear()
     for g, group in enumerate(optimizer.param_groups):
         for k, p in enumerate(group["params"]):
             name, (start, stop) = names[id(p)], cut(p)
             if (size := saved.pieces[name][-1].stop) != p.numel():
                 raise ShardError(f"{saved.where}: {name} has {size} elements, this model's {p.numel()}")
             local(p).view(-1).copy_(saved.elements(name, WEIGHT, start, stop))
-            _restore_state(optimizer, g, k, p, saved, name)
+            if saved.steps[name]:
+                _restore_state(optimizer, g, k, p, saved, name)
 
 
 def _restore_state(optimizer: torch.optim.Optimizer, g: int, k: int, p: Tensor, saved: Saved, name: str) -> None:
