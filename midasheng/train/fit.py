@@ -295,6 +295,7 @@ def train(
         del saved
         with stoppable(stop), module.writer:
             trainer.fit(module, loader)
+        module.restore_rest()  # where no step was left to train
     if trainer.is_global_zero:
         record = {
             "stage": stage.name, "name": order.name, "scale": order.scale, "steps": module.done,

@@ -110,10 +110,7 @@ class StageModule(L.LightningModule):
         """Open the files; validate at step 0."""
         rank = self.trainer.global_rank
         assert self.planner is not None
-        self.shards = sharded.shards_group(self.model)
-        if self.optimizer_saved is not None:
-            self._go_on_with_shards(self.optimizer_saved)
-            self.optimizer_saved = None
+        self.restore_rest()
         wrapper = self.trainer.strategy.model
         if isinstance(wrapper, DistributedDataParallel):
             checkpoint.settle_buckets(wrapper)
@@ -348,8 +345,12 @@ class StageModule(L.LightningModule):
         if is_first() and saved["corpora"] == list(self.meter.corpora):
             self.meter.sums = saved["sums"].clone()
 
-    def _go_on_with_shards(self, saved: dict[str, Any]) -> None:
-        """Take back what could not be read before the optimizer was there, and ranks shared the model."""
+    def restore_rest(self) -> None:
+        """Take back what could not be read before the optimizer was there, and ranks shared the model; once."""
+        self.shards = sharded.shards_group(self.model)
+        saved, self.optimizer_saved = self.optimizer_saved, None
+        if saved is None:
+            return
         if saved["shards"]:
             pieces = shard_files.opened(self.last.parent / saved["shards"])
             shard_files.restore(self.model, self._optimizer(), pieces)

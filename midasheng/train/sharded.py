@@ -47,7 +47,7 @@ def strategy(kind: str, hardware: Hardware) -> Strategy | str:
     """Lightning's strategy."""
     if kind == FSDP:  # its own mesh is not used: `shard` makes one
         return ModelParallelStrategy(data_parallel_size=hardware.devices * hardware.nodes, tensor_parallel_size=1)
-    return DDPStrategy(broadcast_buffers=False) if kind == DDP else AUTO
+    return DDPStrategy() if kind == DDP else AUTO
 
 
 def leave_out_frozen(module: nn.Module) -> None:
