@@ -4,7 +4,7 @@ processes reads."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
@@ -132,19 +132,6 @@ def cut(tensor: Tensor) -> tuple[int, int]:
     row = tensor.numel() // tensor.shape[0]
     assert (last - first) * row == local(tensor).numel(), f"{tuple(tensor.shape)} is cut otherwise than in rows"
     return first * row, last * row
-
-
-def shard_bytes(shapes: Iterable[Sequence[int]], parts: int, bytes_each: int = 4) -> list[int]:
-    """Bytes that each rank of `parts` holds of tensors of these shapes."""
-    held = [0] * parts
-    for shape in shapes:
-        row = bytes_each
-        for size in shape[1:]:
-            row *= size
-        for part in range(parts):
-            first, last = rows(shape[0], parts, part)
-            held[part] += (last - first) * row
-    return held
 
 
 def gather(tensor: Tensor) -> Tensor:
