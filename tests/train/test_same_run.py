@@ -44,7 +44,8 @@ def on_ranks(world: int, folder: Path, jobs: list[dict[str, object]]) -> None:
         port = free.getsockname()[1]
     (folder / f"jobs{world}.json").write_text(json.dumps(jobs))
     env = os.environ | {
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(world),
+        "LOCAL_WORLD_SIZE": str(world), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     command = [sys.executable, "-m", "tests.train.ranks", str(folder / f"jobs{world}.json")]
     logs = [folder / f"rank{rank}-of-{world}.log" for rank in range(world)]
