@@ -114,7 +114,7 @@ def segment_attention(
         v.device.type == "cpu" and dtype.itemsize < 4
     ):  # the backward of sdpa takes 4 to 7 times as long in half precision
         with torch.autocast("cpu", enabled=False):
-            return _by_segment(*(t.float() for t in (q, k, v)), segments, causal, scale).to(dtype)
+            return _by_segment(q.float(), k.float(), v.float(), segments, causal, scale).to(dtype)
     return _by_segment(q, k, v, segments, causal, scale)
 
 
