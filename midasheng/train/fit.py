@@ -254,9 +254,8 @@ def train(
         restart_plan(folder, planner, saved["step"], changed)
     elif saved:
         planner.restore(saved["plan"])
-    elif calibrates(stage, data.corpora):
-        clips = first_clips(data.planner(stage.run.seed), data.corpora, CALIBRATION_CLIPS)
-        model.audio_encoder.init_bn.calibrate(model.audio_encoder.log_mel(torch.from_numpy(c)) for c in clips)
+    else:
+        calibrate(model, stage, data)
     stop = StopRequest()
     module = StageModule(
         model, stage, data.course, [c.card.name for c in data.corpora],
@@ -332,10 +331,12 @@ def restart_plan(folder: Path, planner: Planner, step: int, changed: str) -> Non
         print(f"data.on_change=restart_plan: {changed}; a new order from step {step} on, the old ledger is in {aside}")
 
 
-def calibrates(stage: Stage, corpora: Sequence[CorpusIndex]) -> bool:
-    """A fresh encoder that will hear audio needs one pass for the statistics of init_bn; a loaded one brings them."""
+def calibrate(model: AudioLM, stage: Stage, data: DataRoom) -> None:
+    """One pass for the statistics of init_bn where a fresh encoder will hear audio; a loaded one brings them."""
     fresh = adapt.matches("audio_encoder.init_bn.running_mean", stage.fresh)
-    return fresh and any(c.summary.mean_frames for c in corpora)
+    if fresh and any(c.summary.mean_frames for c in data.corpora):
+        clips = first_clips(data.planner(stage.run.seed), data.corpora, CALIBRATION_CLIPS)
+        model.audio_encoder.init_bn.calibrate(model.audio_encoder.log_mel(torch.from_numpy(c)) for c in clips)
 
 
 def run_stage(default: str, contract: Callable[[Stage], None], argv: Sequence[str] | None = None) -> int:
