@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -15,7 +16,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from midasheng import __version__, config
 from midasheng.config import DDP, FSDP, ConfigError, Stage, UserError
@@ -30,7 +31,7 @@ from midasheng.model.audio_lm import AudioLM
 from midasheng.model.encoder import EncoderShape
 from midasheng.model.sources import WeightsError, check_learned, check_stage, open_source
 from midasheng.sample import counter_seed
-from midasheng.train import checkpoint, memory, optim, sharded
+from midasheng.train import checkpoint, memory, optim, sharded, trackers
 from midasheng.train.listening import LONGEST, ListeningTest
 from midasheng.train.meter import add_event
 from midasheng.train.module import StageModule, Stopped, StopRequest
@@ -206,6 +207,7 @@ def fit(order: Order) -> None:
     """
     folder, first = order.folder, is_first()
     config.check_start(order.stage)
+    trackers.check(order.stage.log.trackers)
     kernels = verified(order.stage)  # first: memory is measured with them
     if order.stage.hardware.threads:
         torch.set_num_threads(order.stage.hardware.threads)
@@ -259,6 +261,10 @@ def train(
         model, stage, data.course, [c.card.name for c in data.corpora],
         ListeningTest(data.held_out, folder, stage.data.answers, stage.log.answers), folder, stop, saved,
     )  # fmt: skip
+    told: list[Logger] = []
+    if is_first():
+        settings = config.flat(dataclasses.asdict(stage))
+        told = trackers.open_trackers(stage.log.trackers, folder, settings, resumed=saved is not None)
     kind = sharded.chosen(hardware, model)
     if kind == DDP:
         sharded.leave_out_frozen(module)
@@ -268,7 +274,7 @@ def train(
         max_epochs=1, use_distributed_sampler=False, precision="32-true", limit_val_batches=0, num_sanity_val_steps=0,
         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
         callbacks=[ProgressLine()] if stage.log.progress else [],
-        logger=TensorBoardLogger(folder, name="", version="tensorboard"),
+        logger=[TensorBoardLogger(folder, name="", version="tensorboard"), *told],
     )  # fmt: skip
     steps_done = saved["step"] if saved else 0
     if is_first():
