@@ -19,7 +19,7 @@ import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from midasheng import __version__, config
-from midasheng.config import DDP, FSDP, ConfigError, Stage, UserError
+from midasheng.config import AUTO, DDP, FSDP, ConfigError, Stage, UserError
 from midasheng.data.index import CorpusIndex
 from midasheng.data.ledger import Ledger, Skipped, drop_after, trim
 from midasheng.data.loader import first_clips, keep_freed_memory, train_loader
@@ -115,6 +115,17 @@ def build(order: Order, starts: Sequence[weights.Start]) -> tuple[AudioLM, str, 
     if carried:
         lines.append(f"LoRA of {carried} layers carried over, the others fresh")
     return model, "\n".join(lines) + "\n\n" + table + "\n", plan
+
+
+def measurable(order: Order, starts: Sequence[weights.Start]) -> AudioLM:
+    """The model, to try packs with on one device before step 0. Raises ConfigError where ranks will share it."""
+    model = build(order, starts)[0]
+    if sharded.chosen(order.stage.hardware, model) == FSDP:
+        raise ConfigError(
+            f"batch.pack_slots={AUTO}: packs are tried on one device, and here ranks share the model (fsdp); write a "
+            "number, as `make forecast` proposes it"
+        )
+    return model
 
 
 def parents_of(starts: Sequence[weights.Start]) -> list[dict[str, Any]]:
@@ -216,7 +227,7 @@ def fit(order: Order) -> None:
     sources = open_data(order.stage, make=first)
     for start in starts:
         weights.check_tokenizer(start, sources.chat.fingerprint())
-    order = memory.pack_slots(order, sources, lambda: build(order, starts)[0])
+    order = memory.pack_slots(order, sources, lambda: measurable(order, starts))
     stage = order.stage
     data = plan_data(stage, sources)
     planner = data.planner(stage.run.seed)
@@ -227,7 +238,9 @@ def fit(order: Order) -> None:
         print(f"{folder} is finished (NAME=... for another run, FRESH=1 to train it again)")
         return
     model, table, plan = build(order, starts)
-    lines = [*memory.check(order, model, sources, data.budget), checkpoint.check_room(folder, model, stage)]
+    kind = sharded.chosen(stage.hardware, model)
+    measured = [] if kind == FSDP else memory.check(order, model, sources, data.budget)
+    lines = [*sharded.lines(kind, stage.hardware), *measured, checkpoint.check_room(folder, model, stage)]
     text = header(order, data, kernels, lines) + "\n" + table
     if first:
         print(text)

@@ -43,6 +43,18 @@ def chosen(hardware: Hardware, model: nn.Module) -> str:
     return FSDP
 
 
+def lines(kind: str, hardware: Hardware) -> list[str]:
+    """For the header of a run: who holds what."""
+    world = hardware.devices * hardware.nodes
+    if kind == FSDP:
+        share = hardware.shard or world
+        return [
+            f"  {world} processes, FSDP2: {share} share one copy of the model; what a step takes is not tried before "
+            "step 0 (`make forecast` says it)"
+        ]
+    return [f"  {world} processes, DDP: each holds the whole model"] if kind == DDP else []
+
+
 def strategy(kind: str, hardware: Hardware) -> Strategy | str:
     """Lightning's strategy."""
     if kind == FSDP:  # its own mesh is not used: `shard` makes one
