@@ -13,6 +13,9 @@ import torch
 from safetensors.torch import load_file
 
 from midasheng.model import weights
+from midasheng.model.adapt import base_state
+from midasheng.train import checkpoint
+from midasheng.train.fit import build, fit, open_starts
 from midasheng.train.meter import read_metrics
 from tests.conftest import Tiny, order_for
 from tests.train.ranks import watched
@@ -65,8 +68,6 @@ def on_ranks(world: int, folder: Path, jobs: list[dict[str, object]]) -> None:
 
 def here(tiny: Tiny, one: dict[str, object]) -> Path:
     """Run a job in this process, alone."""
-    from midasheng.train.fit import fit
-
     order = order_for(
         one["stage"], tiny, Path(one["runs"]), name=one["name"], start_from=one["start_from"], **one["settings"]
     )
@@ -166,6 +167,19 @@ def test_one_process_goes_on_from_shards(runs, tiny):
     moved = here(tiny, job(tiny, runs.parent, "stage1_align", "moved", 7, **settings))
     assert farthest(runs / "stage1_align-whole", moved) < 1e-5
     assert not list((moved / "checkpoints").glob("shards-*"))
+
+
+def test_who_reads_a_checkpoint_reads_its_shards(runs, tiny):
+    """make peek and make bisect look at the weights that were trained, not at those of the start."""
+    order = order_for("stage1_align", tiny, runs.parent, name="stage1_align-whole", **COMMON)
+    model, last = build(order, open_starts(order))[0], order.folder / "checkpoints" / checkpoint.LAST
+    checkpoint.restore(model, checkpoint.read(last), last)
+    trained = {}
+    for file in (order.folder / "weights").glob("*.safetensors"):
+        trained |= load_file(file)
+    found = base_state(model)
+    assert found.keys() == trained.keys()
+    assert all(torch.equal(found[n], t) for n, t in trained.items())
 
 
 def test_ranks_that_share_go_on_from_a_whole_checkpoint(runs):
