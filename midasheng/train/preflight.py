@@ -10,14 +10,14 @@ from typing import TypeVar
 
 import torch
 
-from midasheng.config import Stage, UserError
+from midasheng.config import FSDP, Stage, UserError
 from midasheng.data.quarantine import quarantined, records
 from midasheng.data.room import DataRoom, Sources, mixes, open_data, plan_data
 from midasheng.data.storage import StorageError, is_url, list_shards
 from midasheng.model import adapt, weights
 from midasheng.model.audio_lm import PARTS, AudioLM
 from midasheng.model.encoder import EncoderShape
-from midasheng.train import checkpoint, fit, memory
+from midasheng.train import checkpoint, fit, memory, sharded
 from midasheng.train.order import Order, check_run_folder
 
 T = TypeVar("T")
@@ -111,7 +111,9 @@ def preflight(order: Order) -> Preflight:
     _plan(found, order, sources, starts)
     if shape is not None:
         found.checked("disk", lambda: checkpoint.check_room(order.folder, shape, stage), str.strip)
-    if model is not None and sources is not None and not no_gpu:
+    if shape is not None and sharded.chosen(stage.hardware, shape) == FSDP:
+        found.add("largest pack", UNKNOWN, "ranks share the model: one process cannot tell what a step takes")
+    elif model is not None and sources is not None and not no_gpu:
         found.checked("largest pack", lambda: _dry(order, model, sources), "\n".join)
     else:
         lacks = [no_gpu, "" if model else "no weights", "" if sources else "no data"]
