@@ -44,10 +44,10 @@ def model_of_run(stage: Stage, folder: Path, chat: Chat) -> tuple[AudioLM, str] 
         own = replace(stage, hardware=bare, start=[], fresh=[], lora=replace(stage.lora, inherit="carry"))
         starts = [weights.Start(open_source(str(folder)), ("*",))]
         weights.check_tokenizer(starts[0], chat.fingerprint())
-        model, where = build(_order(own, folder), starts)[0], str(folder / "weights")
+        model, where = build(_order(own, folder), starts, chat.added)[0], str(folder / "weights")
     elif checkpoint.is_file():
         own = replace(stage, hardware=bare, start=[], fresh=["*"])
-        model = build(_order(own, folder), [])[0]
+        model = build(_order(own, folder), [], chat.added)[0]
         saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
         model.load_state_dict({n.removeprefix("model."): t for n, t in saved["state_dict"].items()})
         where = f"{checkpoint}, step {saved['midasheng']['step']}"
