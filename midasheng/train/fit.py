@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from midasheng.data.index import CorpusIndex
 from midasheng.data.ledger import Ledger, Skipped, drop_after, trim
 from midasheng.data.loader import first_clips, keep_freed_memory, train_loader
 from midasheng.data.plan import Planner, differences
+from midasheng.data.quarantine import FILE, quarantined, records
 from midasheng.data.room import DataRoom, open_data, plan_data
 from midasheng.model import adapt, attention, kernels, loss, weights
 from midasheng.model.audio_lm import AudioLM
@@ -222,6 +223,7 @@ def fit(order: Order) -> None:
     planner = data.planner(stage.run.seed)
     inputs = {"plan": planner.fingerprint(), "parents": parents_of(starts)}
     state = "new" if order.fresh else check_run_folder(order, inputs)
+    without = records([] if order.fresh else quarantined(folder), data.corpora)
     if state == "finished":
         print(f"{folder} is finished (NAME=... for another run, FRESH=1 to train it again)")
         return
@@ -236,13 +238,14 @@ def fit(order: Order) -> None:
         (folder / "inputs.json").write_text(json.dumps(inputs, indent=2) + "\n", encoding="utf-8")
         # last: from here on the folder is a run
         (folder / "config.yaml").write_text(order.loaded.yaml(), encoding="utf-8")
-    train(order, data, planner, model, plan, inputs)
+    train(order, data, planner, model, plan, inputs, without)
 
 
 def train(
-    order: Order, data: DataRoom, planner: Planner, model: AudioLM, plan: adapt.LoraPlan | None, inputs: dict[str, Any]
+    order: Order, data: DataRoom, planner: Planner, model: AudioLM, plan: adapt.LoraPlan | None, inputs: dict[str, Any],
+    without: Set[tuple[int, int]] = frozenset(),
 ) -> None:  # fmt: skip
-    """Train from step 0 or from the checkpoint, then write weights/."""
+    """Train from step 0 or from the checkpoint, then write weights/. `without`: what is quarantined."""
     stage, folder, hardware = order.stage, order.folder, order.stage.hardware
     resume = folder / "checkpoints" / "last.ckpt"
     saved = torch.load(resume, map_location="cpu", weights_only=True)["midasheng"] if resume.is_file() else None
@@ -284,17 +287,19 @@ def train(
         begins = {"step": steps_done, "event": "resume" if saved else "start", "world": trainer.world_size}
         add_event(folder, begins | ({"world_before": saved.get("world")} if saved else {}))
     if saved and is_first():
-        print(f"resuming at step {steps_done} of {data.course.steps}")
+        aside = f"; {len(without)} samples are in {folder / FILE}" if without else ""
+        print(f"resuming at step {steps_done} of {data.course.steps}{aside}")
     if saved is None or steps_done < data.course.steps:
         loader = train_loader(
             planner, data.corpora, data.chat, data.course.steps, rank=trainer.global_rank, world=trainer.world_size,
-            workers=hardware.workers, prefetch=hardware.prefetch,
+            workers=hardware.workers, prefetch=hardware.prefetch, without=without,
         )  # fmt: skip
         with stoppable(stop):
             trainer.fit(module, loader, ckpt_path=resume if saved else None, weights_only=True)
     else:  # trained to the end, then killed before the hand-off
         module.load_state_dict(torch.load(resume, map_location="cpu", weights_only=True)["state_dict"])
         module.done, module.start_digests, module.seconds = steps_done, saved["start_digests"], saved["seconds"]
+        module.skips.restore(saved["skips"])
     if trainer.is_global_zero:
         record = {
             "stage": stage.name, "name": order.name, "scale": order.scale, "steps": module.done,
@@ -302,7 +307,7 @@ def train(
             "git_commit": git_commit(), "config_hash": config.fingerprint(stage), "midasheng": __version__,
             "torch": str(torch.__version__), "trained": list(stage.train), "lora": list(stage.lora.targets),
             "tokenizer": data.chat.fingerprint(), "skipped": module.ledger.summary(),
-            "seconds": round(module.seconds, 1),
+            "steps_skipped": module.skips.total, "seconds": round(module.seconds, 1),
         }  # fmt: skip
         weights.hand_off(
             model, folder / "weights", record, plan, start_digests=module.start_digests,

@@ -1,0 +1,1 @@
+"""Run folder -> numbers: questions, answers, scores. Below `train`, which scores its validation answers with it."""
