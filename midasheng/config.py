@@ -80,6 +80,12 @@ class Data:
     )
     val_clips: int = key(64, "held-out records per corpus that are validated on", free=True)
     also: list[str] = key([], "other mixes to look at, at the start and at the end: their held-out records", free=True)
+    probe: str = key(
+        "",
+        "file of labels that the encoder's mean frames are probed for at the end, beside the encoder it started from; "
+        "empty: none",
+        free=True,
+    )
     answers: int = key(0, "held-out clips per closed question that are answered at the end; 0: none", free=True)
 
 
@@ -222,6 +228,9 @@ class Log:
     every: int = key(10, "steps between rows of metrics.jsonl", free=True)
     val_every: int = key(100, "steps between validations; one is always made at step 0 and at the end", free=True)
     checkpoint_every: int = key(500, "steps between checkpoints; one is always made at the end or on Ctrl-C", free=True)
+    keep_best: bool = key(
+        False, "also keep checkpoints/best.ckpt, that of the lowest validation loss (after step 0)", free=True
+    )
     progress: bool = key(True, "progress bar", free=True)
 
 

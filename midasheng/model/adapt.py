@@ -238,14 +238,16 @@ def lora_state(model: AudioLM) -> dict[str, Tensor]:
     return {name.replace(".default.", "."): p.detach() for name, p in model.named_parameters() if ".lora_" in name}
 
 
-def base_state(model: AudioLM) -> dict[str, Tensor]:
+def base_state(model: AudioLM, *, rows: bool = True) -> dict[str, Tensor]:
     """All other tensors by released names, as if there were no LoRA; a tied head appears once, as the embedding. Rows
-    that learned stand in their table."""
+    that learned stand in their table; without `rows` it is as it was frozen."""
     decoder, tied = model.decoder, model.decoder.config.tie_word_embeddings
     state = {
         name.replace(".base_layer.", "."): t.detach()
         for name, t in model.state_dict().items()
         if ".lora_" not in name and not name.startswith(ADDED) and not (tied and name == HEAD)
     }
+    if not rows:
+        return state
     state[EMBEDDING] = decoder.with_rows("embedding", state[EMBEDDING])
     return state if tied else state | {HEAD: decoder.with_rows("head", state[HEAD])}

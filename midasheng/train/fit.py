@@ -25,13 +25,14 @@ from midasheng.data.loader import first_clips, keep_freed_memory, train_loader
 from midasheng.data.plan import Planner, differences
 from midasheng.data.quarantine import FILE, quarantined, records
 from midasheng.data.room import DataRoom, open_data, plan_data
+from midasheng.evaluate import probe
 from midasheng.model import adapt, attention, kernels, loss, weights
 from midasheng.model.audio_lm import AudioLM
 from midasheng.model.decoder import with_vocabulary
 from midasheng.model.encoder import EncoderShape
-from midasheng.model.sources import WeightsError, check_learned, check_stage, open_source, part_digests
+from midasheng.model.sources import WeightsError, check_learned, check_stage, open_source
 from midasheng.sample import counter_seed
-from midasheng.train import memory, optim
+from midasheng.train import checkpoint, memory, optim
 from midasheng.train.listening import ListeningTest
 from midasheng.train.meter import add_event
 from midasheng.train.module import StageModule, Stopped, StopRequest
@@ -228,7 +229,13 @@ def fit(order: Order) -> None:
         print(f"{folder} is finished (NAME=... for another run, FRESH=1 to train it again)")
         return
     model, table, plan = build(order, starts, sources.chat.added)
-    text = header(order, data, kernels, memory.check(order, model, sources, data.budget)) + "\n" + table
+    lines = [*memory.check(order, model, sources, data.budget), checkpoint.check_room(folder, model, stage)]
+    text = header(order, data, kernels, lines) + "\n" + table
+    if stage.data.probe:  # so that a mistake in it is found now
+        try:
+            probe.read_tasks(Path(stage.data.probe), Path(stage.data.root))
+        except UserError as error:
+            raise ConfigError(f"data.probe: {error}; or write data.probe='' for none") from None
     if first:
         print(text)
         if order.fresh:
@@ -247,8 +254,8 @@ def train(
 ) -> None:  # fmt: skip
     """Train from step 0 or from the checkpoint, then write weights/. `without`: what is quarantined."""
     stage, folder, hardware = order.stage, order.folder, order.stage.hardware
-    resume = folder / "checkpoints" / "last.ckpt"
-    saved = torch.load(resume, map_location="cpu", weights_only=True)["midasheng"] if resume.is_file() else None
+    resume = folder / "checkpoints" / checkpoint.LAST
+    saved = checkpoint.read(resume) if resume.is_file() else None
     changed = differences(saved["plan"]["fingerprint"], planner.fingerprint()) if saved else ""
     if saved and changed and stage.data.on_change == "restart_plan":
         restart_plan(folder, planner, saved["step"], changed)
@@ -260,8 +267,7 @@ def train(
     stop = StopRequest()
     module = StageModule(
         model, stage, data.course, [c.card.name for c in data.corpora],
-        ListeningTest(data.held_out, folder, stage.data.answers), folder,
-        part_digests(adapt.base_state(model)), stop,
+        ListeningTest(data.held_out, folder, stage.data.answers), folder, stop, saved,
     )  # fmt: skip
     trainer = L.Trainer(
         accelerator=hardware.accelerator, devices=hardware.devices, num_nodes=hardware.nodes,
@@ -289,17 +295,14 @@ def train(
     if saved and is_first():
         aside = f"; {len(without)} samples are in {folder / FILE}" if without else ""
         print(f"resuming at step {steps_done} of {data.course.steps}{aside}")
-    if saved is None or steps_done < data.course.steps:
+    if steps_done < data.course.steps:  # else it was killed between its last step and the hand-off
         loader = train_loader(
             planner, data.corpora, data.chat, data.course.steps, rank=trainer.global_rank, world=trainer.world_size,
             workers=hardware.workers, prefetch=hardware.prefetch, without=without,
         )  # fmt: skip
-        with stoppable(stop):
-            trainer.fit(module, loader, ckpt_path=resume if saved else None, weights_only=True)
-    else:  # trained to the end, then killed before the hand-off
-        module.load_state_dict(torch.load(resume, map_location="cpu", weights_only=True)["state_dict"])
-        module.done, module.start_digests, module.seconds = steps_done, saved["start_digests"], saved["seconds"]
-        module.skips.restore(saved["skips"])
+        del saved
+        with stoppable(stop), module.writer:
+            trainer.fit(module, loader)
     if trainer.is_global_zero:
         record = {
             "stage": stage.name, "name": order.name, "scale": order.scale, "steps": module.done,
@@ -315,6 +318,8 @@ def train(
         )  # fmt: skip
         add_event(folder, {"step": module.done, "event": "handed off"})
         print("\n".join([*ending(folder), f"skipped: {module.ledger.summary()}; weights in {folder / 'weights'}"]))
+        if stage.data.probe:
+            print(probe.of_runs([folder], *probe.read_tasks(Path(stage.data.probe), Path(stage.data.root))))
 
 
 def restart_plan(folder: Path, planner: Planner, step: int, changed: str) -> None:
@@ -351,7 +356,7 @@ def run_stage(default: str, contract: Callable[[Stage], None], argv: Sequence[st
         return 130
     except Stopped:
         if is_first():
-            saved = order.folder / "checkpoints" / "last.ckpt"
+            saved = order.folder / "checkpoints" / checkpoint.LAST
             print(f"stopped; {saved} holds everything: the same command goes on from there")
         return 130
     return 0
