@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import midasheng
-from midasheng.config import ConfigError, UserError
+from midasheng.config import ConfigError, Hardware, UserError
 from midasheng.data.chat import Chat
 from midasheng.data.shard import Reading, side_path
 from midasheng.data.storage import ShardFile
@@ -19,10 +19,12 @@ from midasheng.model import adapt, export
 from midasheng.model.adapt import EMBEDDING, HEAD
 from midasheng.model.export import Asked, ExportError
 from midasheng.sample import NO_TARGET, Turn
+from midasheng.train import sharded
 from midasheng.train.fit import build, open_starts
 from midasheng.train.module import Stopped
 from tests.conftest import Tiny, order_for, record, run_stage, tone
 from tests.data.test_shard import CARD
+from tests.model import LLAMA, tiny_lm
 from tests.test_export import licence, same_process, some_trials  # noqa: F401  # a fixture
 from tests.train.test_resume import same_run, stop_after
 
@@ -146,6 +148,17 @@ def test_added_tokens_learn_alone_and_go_all_the_way(tied, spare, llama_tokenize
     assert {n: exported.chat.token_ids[n] for n in listener.chat.token_ids} == listener.chat.token_ids
     asked = [tone(1.1, 3), "Which language?"]
     assert exported.generate(*asked, max_new_tokens=8).text == listener.generate(*asked, max_new_tokens=8).text
+
+
+def test_ranks_that_share_the_model_refuse_added_rows():
+    """Their tables are cut over ranks: rows put into them would be lost or misplaced."""
+    lm = tiny_lm(LLAMA)
+    adapt.freeze_all_but(lm, ["audio_encoder.*", "audio_projector.*"])
+    assert sharded.chosen(Hardware(devices=2, strategy="fsdp"), lm) == "fsdp"
+    lm.decoder.learn_rows(range(60, 63))
+    with pytest.raises(ConfigError, match=r"tokenizer\.add: .*hardware\.strategy=ddp"):
+        sharded.chosen(Hardware(devices=2, strategy="fsdp"), lm)
+    assert sharded.chosen(Hardware(devices=2), lm) == "ddp"
 
 
 def test_added_rows_resume_to_the_bit(llama_tokenizer, tiny_data, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,7 +28,7 @@ from midasheng.model.audio_lm import AudioLM
 from midasheng.model.flops import cost, peak
 from midasheng.model.sources import part_digests
 from midasheng.sample import counter_seed
-from midasheng.train import checkpoint
+from midasheng.train import checkpoint, shard_files, sharded
 from midasheng.train.listening import ListeningTest
 from midasheng.train.meter import Meter, MetricsFile, Speed, add_event, memory_gib
 from midasheng.train.optim import clip, learning_rate, optimizer
@@ -90,10 +91,17 @@ class StageModule(L.LightningModule):
             self.start_digests = part_digests(adapt.base_state(model))
         else:
             self._go_on(saved)
-        beside = [run / name for name in ("metrics.jsonl", "speed.jsonl", "events.jsonl", "skipped.jsonl")]
+        files = ("metrics.jsonl", "speed.jsonl", "answers.jsonl", "events.jsonl", "skipped.jsonl")
+        beside = [run / name for name in files]
         self.writer = checkpoint.Writer(run / "checkpoints", beside, self.done if saved else None)
 
     # -- Lightning's hooks ------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Share the model among the ranks where the strategy is FSDP2."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy) and not sharded.groups(self.model):
+            sharded.shard(self.model, strategy.root_device.type, self.stage.hardware.shard)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over what learns."""
@@ -103,15 +111,14 @@ class StageModule(L.LightningModule):
         """Open the files; validate at step 0."""
         rank = self.trainer.global_rank
         assert self.planner is not None
-        if self.optimizer_saved is not None:
-            checkpoint.restore_optimizer(self.model, self._optimizer(), self.optimizer_saved, self.last)
-            self.optimizer_saved = None
+        self.restore_rest()
         wrapper = self.trainer.strategy.model
         if isinstance(wrapper, DistributedDataParallel):
             checkpoint.settle_buckets(wrapper)
         self.mix_file.follow(self.planner.changes())
         self.metrics = MetricsFile(self.run / "metrics.jsonl", self.done, write=rank == 0)
         self.speeds = MetricsFile(self.run / "speed.jsonl", self.done, write=rank == 0)
+        self.answers = MetricsFile(self.run / "answers.jsonl", self.done, write=rank == 0)
         assert self.ledger is not None
         self.model.train()
         at, how = peak(self.device, self.model.compute_dtype or torch.float32)
@@ -119,7 +126,8 @@ class StageModule(L.LightningModule):
         self.speed = Speed(cost(self.model), at, self.trainer.world_size)
         if self.done == 0:
             self.model.eval()
-            self.test.before(self.model, *self._world())
+            with sharded.whole(self.model):
+                self.test.before(self.model, *self._world())
             self._validate(ends=True)
         self.left = time.monotonic()
 
@@ -146,7 +154,7 @@ class StageModule(L.LightningModule):
                 loss_S = self.model(pack)
                 self.manual_backward(loss_S.sum() * scale)
             losses.append(loss_S.detach())
-        norm = clip(self.model.parameters(), self.stage.optim.clip_norm)
+        norm = clip(self.model.parameters(), self.stage.optim.clip_norm, self.shards)
         read = self._read(losses, norm, sums_3)
         if read.digests != world * digest:  # CRC32: its multiples are exact in float64
             raise AssertionError(
@@ -167,7 +175,8 @@ class StageModule(L.LightningModule):
     # -- inside a step ----------------------------------------------------------------------------------------------
 
     def _gradients_stay_here(self, *, unless: bool) -> contextlib.AbstractContextManager[None]:
-        """DDP reduces gradients only with the last pack of a step."""
+        """Gradients are reduced only with the last pack of a step."""
+        sharded.sync(self.model, unless)
         wrapper = self.trainer.strategy.model
         if unless or not isinstance(wrapper, DistributedDataParallel):
             return contextlib.nullcontext()
@@ -235,8 +244,6 @@ class StageModule(L.LightningModule):
             self._follow_mix_file()
         if self.done % log.val_every == 0 or last:
             best = self._validate(ends=last) and log.keep_best
-        if last and self.trainer.global_rank == 0 and self.stage.data.answers:
-            self.test.answer(self.model)
         if self.done % log.checkpoint_every == 0 or last or stop or best:
             self.save(best=best)
         if stop and not last:
@@ -269,15 +276,23 @@ class StageModule(L.LightningModule):
         return self.trainer.global_rank, self.trainer.world_size, self._sum_over_ranks
 
     def _validate(self, *, ends: bool) -> bool:
-        """Held-out loss and listening difference; `ends`: at the start and the end of the stage, all that is asked. Is
-        the loss the lowest of the run so far, the start left out?"""
+        """Held-out loss, listening difference and answers in words; `ends`: at the start and the end of the stage, all
+        that is asked. Is the loss the lowest of the run so far, the start left out?"""
         self.model.eval()
-        with self.speed.paused():
+        began, last = time.monotonic(), self.done == self.course.steps
+        with self.speed.paused(), sharded.whole(self.model):
             row = self.test.row(self.model, *self._world(), ends=ends)
+            looked = time.monotonic()
+            answers = self.test.answer(self.model, self.done, *self._world(), end=last)
+            ended = time.monotonic()
         self.model.train()
         self.metrics.add({"step": self.done, **row})
+        for answer in answers:
+            self.answers.add(answer)
+        took = {"validation_s": round(ended - began, 3), "answers_s": round(ended - looked, 3)}
+        self.speeds.add({"step": self.done, **took})
         heard = {"val/listening": row["listening"]["difference"]} if row.get("listening") else {}
-        self._log({"val/val_loss": row["val_loss"], **heard})
+        self._log({"val/val_loss": row["val_loss"], **heard, **{f"val/{name}": s for name, s in took.items()}})
         best = self.done > 0 and row["val_loss"] < (self.best["val_loss"] if self.best else math.inf)
         if best:
             self.best = {"step": self.done, "val_loss": row["val_loss"]}
@@ -301,15 +316,18 @@ class StageModule(L.LightningModule):
         self.ledger.flush(self.plan_state)
         sums = self._sum_over_ranks(self.meter.sums)  # behind it all ranks' ledgers are on the disk
         self.seconds, self.began = self.seconds + began - self.began, began
+        shards = ""
+        if self.shards is not None:
+            shards = shard_files.write(self.last.parent, self.done, self.model, self._optimizer())
         if self.trainer.global_rank > 0:
             return
         content = {
             "format": checkpoint.FORMAT, "step": self.done, "plan": self.plan_state, "sums": sums,
             "corpora": list(self.meter.corpora), "seconds": self.seconds, "world": self.trainer.world_size,
             "start_digests": self.start_digests, "base": self.base, "best": self.best,
-            "skips": self.skips.state(),
-            "learned": checkpoint.learned(self.model),
-            "optimizer": checkpoint.optimizer_state(self.model, self._optimizer()),
+            "skips": self.skips.state(), "shards": shards,
+            "learned": checkpoint.learned(self.model, parameters=not shards),
+            "optimizer": {} if shards else checkpoint.optimizer_state(self.model, self._optimizer()),
         }  # fmt: skip
         event = {"step": self.done, "event": "checkpoint", "best": best}
         content = checkpoint.copied(content)
@@ -318,12 +336,13 @@ class StageModule(L.LightningModule):
         def written(size: int) -> None:
             seconds = round(time.monotonic() - began, 3)
             add_event(self.run, event | {"seconds": seconds, "waited": waited, "bytes": size})
+            shard_files.forget(self.last.parent)
 
         self.writer.write(content, [checkpoint.LAST, *([checkpoint.BEST] if best else [])], written)
 
     def _go_on(self, saved: dict[str, Any]) -> None:
-        """Take back what a checkpoint holds, but for the optimizer, which Lightning makes later."""
-        checkpoint.restore(self.model, saved, self.last)
+        """Take back what a checkpoint holds, but for the optimizer, which Lightning makes later, and shards."""
+        checkpoint.restore(self.model, saved, self.last, shards=False)
         self.optimizer_saved = saved
         self.done, self.plan_state, self.start_digests = saved["step"], saved["plan"], saved["start_digests"]
         self.seconds, self.best = saved["seconds"], saved["best"]
@@ -331,6 +350,23 @@ class StageModule(L.LightningModule):
         # the sums were reduced: one rank carries them on; with other corpora (a restarted plan) they begin again
         if is_first() and saved["corpora"] == list(self.meter.corpora):
             self.meter.sums = saved["sums"].clone()
+
+    def restore_rest(self) -> None:
+        """Take back what could not be read before the optimizer was there, and ranks shared the model; once."""
+        self.shards = sharded.shards_group(self.model)
+        saved, self.optimizer_saved = self.optimizer_saved, None
+        if saved is None:
+            return
+        if saved["shards"]:
+            pieces = shard_files.opened(self.last.parent / saved["shards"])
+            shard_files.restore(self.model, self._optimizer(), pieces)
+        elif self.shards is not None:
+            states = {name: dict(checkpoint.flat(of)) for name, of in saved["optimizer"]["state"].items()}
+            weights = {name: saved["learned"][name] for name, p in self.model.named_parameters() if p.requires_grad}
+            pieces = shard_files.held(str(self.last), weights, states)
+            shard_files.restore(self.model, self._optimizer(), pieces)
+        else:
+            checkpoint.restore_optimizer(self.model, self._optimizer(), saved, self.last)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         wrapped = self.optimizers()
