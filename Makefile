@@ -26,6 +26,7 @@ SUITE  ?=
 ONLY   ?=
 FOR    ?=
 PORT   ?=
+TASKS  ?=
 
 PY     := .venv/bin/python
 SMALL   = $(filter mini generated small,$(SCALE))
@@ -39,7 +40,7 @@ ASKED   = $(if $(TASK),--task "$(TASK)") $(if $(PROMPT),--prompt "$(PROMPT)") $(
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data prepare check-data preflight index finetune stage1 stage2 stage3 stages curves report watch peek audit bisect chat evaluate export keys bench test test-browser lint
+.PHONY: help setup data prepare check-data preflight index finetune stage1 stage2 stage3 stages curves report watch peek audit bisect chat probe evaluate export keys bench test test-browser lint
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -116,6 +117,10 @@ chat: setup  ## ask a trained model: AUDIO=x.wav (or several) PROMPT="..."; with
 	@[ -n "$(AUDIO)" ] || { echo 'error: say what to listen to: make chat AUDIO=x.wav PROMPT="What is heard?"'; exit 2; }
 	@$(PY) -m stages.chat --scale "$(SCALE)" --runs "$(RUNS)" $(if $(NAME),--name "$(NAME)") \
 	  $(if $(PROMPT),--prompt "$(PROMPT)") --audio $(AUDIO) -- $(SET)
+
+probe: setup  ## what the encoders of runs NAME=a,b tell of clips, beside the ones they started from (TASKS=labels.yaml)
+	@[ -n "$(NAME)" ] || { echo "error: say which runs: make probe NAME=stage1_align"; exit 2; }
+	@$(PY) -m stages.probe --scale "$(SCALE)" --runs "$(RUNS)" --name "$(NAME)" $(if $(TASKS),--tasks "$(TASKS)")
 
 evaluate: setup  ## run NAME on SUITE=mini|report|aero -> answers and a table (ONLY=score; FOR=lmms-eval|mecat|vllm)
 	@$(PY) -m stages.evaluate --scale "$(SCALE)" --runs "$(RUNS)" $(if $(NAME),--name "$(NAME)") \
