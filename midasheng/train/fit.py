@@ -31,7 +31,7 @@ from midasheng.model.encoder import EncoderShape
 from midasheng.model.sources import WeightsError, check_learned, check_stage, open_source
 from midasheng.sample import counter_seed
 from midasheng.train import checkpoint, memory, optim
-from midasheng.train.listening import ListeningTest
+from midasheng.train.listening import LONGEST, ListeningTest
 from midasheng.train.meter import add_event
 from midasheng.train.module import StageModule, Stopped, StopRequest
 from midasheng.train.order import Order, check_run_folder, command_line, is_first
@@ -176,6 +176,9 @@ def header(order: Order, data: DataRoom, kernels: str, memory_lines: Sequence[st
     )
     if b.lead is not None:
         lines.append(f"  {shared(b.lead_slots, data.corpora)}")
+    few, asked = len(data.held_out[0].open(stage.log.answers)), len(data.held_out[0].asked)
+    words = f", {few} of them answered in words (at most {LONGEST} tokens each)" if few else ""
+    lines.append(f"  validation every {stage.log.val_every} steps and at both ends: {asked} held-out samples{words}")
     lines += [f"  note: {note}" for note in data.notes]
     return "\n".join([*lines, kernels, *memory_lines]) + "\n"
 
@@ -249,13 +252,12 @@ def train(
         restart_plan(folder, planner, saved["step"], changed)
     elif saved:
         planner.restore(saved["plan"])
-    elif calibrates(stage, data.corpora):
-        clips = first_clips(data.planner(stage.run.seed), data.corpora, CALIBRATION_CLIPS)
-        model.audio_encoder.init_bn.calibrate(model.audio_encoder.log_mel(torch.from_numpy(c)) for c in clips)
+    else:
+        calibrate(model, stage, data)
     stop = StopRequest()
     module = StageModule(
         model, stage, data.course, [c.card.name for c in data.corpora],
-        ListeningTest(data.held_out, folder, stage.data.answers), folder, stop, saved,
+        ListeningTest(data.held_out, folder, stage.data.answers, stage.log.answers), folder, stop, saved,
     )  # fmt: skip
     trainer = L.Trainer(
         accelerator=hardware.accelerator, devices=hardware.devices, num_nodes=hardware.nodes,
@@ -270,7 +272,8 @@ def train(
         trim(folder, steps_done if saved else -1)
         drop_after(folder / "events.jsonl", steps_done + 1 if saved else -1)
         if not saved:  # killed before its first checkpoint
-            (folder / "metrics.jsonl").unlink(missing_ok=True)
+            for name in ("metrics.jsonl", "speed.jsonl", "answers.jsonl"):
+                (folder / name).unlink(missing_ok=True)
     module.planner = planner
     module.ledger = Ledger(folder, trainer.global_rank, [c.card.name for c in data.corpora])
     for corpus in data.corpora:
@@ -323,10 +326,12 @@ def restart_plan(folder: Path, planner: Planner, step: int, changed: str) -> Non
         print(f"data.on_change=restart_plan: {changed}; a new order from step {step} on, the old ledger is in {aside}")
 
 
-def calibrates(stage: Stage, corpora: Sequence[CorpusIndex]) -> bool:
-    """A fresh encoder that will hear audio needs one pass for the statistics of init_bn; a loaded one brings them."""
+def calibrate(model: AudioLM, stage: Stage, data: DataRoom) -> None:
+    """One pass for the statistics of init_bn where a fresh encoder will hear audio; a loaded one brings them."""
     fresh = adapt.matches("audio_encoder.init_bn.running_mean", stage.fresh)
-    return fresh and any(c.summary.mean_frames for c in corpora)
+    if fresh and any(c.summary.mean_frames for c in data.corpora):
+        clips = first_clips(data.planner(stage.run.seed), data.corpora, CALIBRATION_CLIPS)
+        model.audio_encoder.init_bn.calibrate(model.audio_encoder.log_mel(torch.from_numpy(c)) for c in clips)
 
 
 def run_stage(default: str, contract: Callable[[Stage], None], argv: Sequence[str] | None = None) -> int:
