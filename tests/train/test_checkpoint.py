@@ -16,6 +16,7 @@ import torch
 
 from midasheng import config
 from midasheng.config import Optim, UserError
+from midasheng.data.ledger import append
 from midasheng.model import adapt
 from midasheng.model.audio_lm import AudioLM
 from midasheng.train import checkpoint
@@ -446,3 +447,15 @@ def test_room_counts_what_lies_beside_what_and_what_will_be_replaced(tmp_path, m
                 else:
                     with pytest.raises(UserError, match=f"need {need / 1e9:.2f} GB"):
                         checkpoint.check_room(folder, lm, stage)
+
+
+def test_half_a_line_is_taken_back(tmp_path, limit):
+    """What a full disk left of it would be damage in mid-file, once there is room again."""
+    path = tmp_path / "rows.jsonl"
+    append(path, b'{"step": 1}\n')
+    limit(20)
+    with pytest.raises(OSError, match=r"rows\.jsonl"):
+        append(path, b'{"step": 2}\n')
+    limit(resource.RLIM_INFINITY)
+    append(path, b'{"step": 3}\n')
+    assert path.read_text() == '{"step": 1}\n{"step": 3}\n'
