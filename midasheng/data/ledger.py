@@ -253,8 +253,8 @@ class Ledger:
 
 
 def append(path: Path, data: bytes, *, sync: bool = False) -> None:
-    """Add to a file all of `data`, or nothing: half a line, on a full disk, would be damage in mid-file once there is room
-    again. `sync`: to the disk itself. Raises OSError that names the file."""
+    """Add to a file all of `data`, or nothing: half a line on a full disk would be damage in mid-file later. `sync`: to
+    the disk itself. Raises OSError that names the file."""
     with path.open("ab", buffering=0) as file:
         end, written = file.tell(), 0
         try:

@@ -18,7 +18,7 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from midasheng import __version__, config
-from midasheng.config import ConfigError, Stage, UserError
+from midasheng.config import DDP, FSDP, ConfigError, Stage, UserError
 from midasheng.data.index import CorpusIndex
 from midasheng.data.ledger import Ledger, Skipped, drop_after, trim
 from midasheng.data.loader import first_clips, keep_freed_memory, train_loader
@@ -30,7 +30,7 @@ from midasheng.model.audio_lm import AudioLM
 from midasheng.model.encoder import EncoderShape
 from midasheng.model.sources import WeightsError, check_learned, check_stage, open_source
 from midasheng.sample import counter_seed
-from midasheng.train import checkpoint, memory, optim
+from midasheng.train import checkpoint, memory, optim, sharded
 from midasheng.train.listening import LONGEST, ListeningTest
 from midasheng.train.meter import add_event
 from midasheng.train.module import StageModule, Stopped, StopRequest
@@ -259,9 +259,12 @@ def train(
         model, stage, data.course, [c.card.name for c in data.corpora],
         ListeningTest(data.held_out, folder, stage.data.answers, stage.log.answers), folder, stop, saved,
     )  # fmt: skip
+    kind = sharded.chosen(hardware, model)
+    if kind == DDP:
+        sharded.leave_out_frozen(module)
     trainer = L.Trainer(
         accelerator=hardware.accelerator, devices=hardware.devices, num_nodes=hardware.nodes,
-        strategy="ddp" if hardware.devices * hardware.nodes > 1 else "auto",
+        strategy=sharded.strategy(kind, hardware),
         max_epochs=1, use_distributed_sampler=False, precision="32-true", limit_val_batches=0, num_sanity_val_steps=0,
         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
         callbacks=[ProgressLine()] if stage.log.progress else [],
@@ -286,7 +289,8 @@ def train(
     if saved and is_first():
         aside = f"; {len(without)} samples are in {folder / FILE}" if without else ""
         print(f"resuming at step {steps_done} of {data.course.steps}{aside}")
-    if steps_done < data.course.steps:  # else it was killed between its last step and the hand-off
+    # else it was killed between its last step and the hand-off; shards are read when the ranks are there
+    if steps_done < data.course.steps or (saved and saved["shards"]):
         loader = train_loader(
             planner, data.corpora, data.chat, data.course.steps, rank=trainer.global_rank, world=trainer.world_size,
             workers=hardware.workers, prefetch=hardware.prefetch, without=without,
@@ -294,6 +298,7 @@ def train(
         del saved
         with stoppable(stop), module.writer:
             trainer.fit(module, loader)
+        module.restore_rest()  # where no step was left to train
     if trainer.is_global_zero:
         record = {
             "stage": stage.name, "name": order.name, "scale": order.scale, "steps": module.done,
@@ -306,10 +311,13 @@ def train(
         with checkpoint.handing_off(folder / "weights"):
             weights.hand_off(
                 model, folder / "weights", record, plan, start_digests=module.start_digests,
-                audio_ids=data.chat.audio_ids, save_tokenizer=data.chat.save,
+                audio_ids=data.chat.audio_ids, save_tokenizer=data.chat.save, gather=sharded.gather,
             )  # fmt: skip
         add_event(folder, {"step": module.done, "event": "handed off"})
         print("\n".join([*ending(folder), f"skipped: {module.ledger.summary()}; weights in {folder / 'weights'}"]))
+    elif kind == FSDP:
+        for tensor in weights.handed_off(model):
+            sharded.gather(tensor)
 
 
 def restart_plan(folder: Path, planner: Planner, step: int, changed: str) -> None:

@@ -55,7 +55,7 @@ def trained(lm: AudioLM, name: str = "adamw8bit", steps: int = 1) -> torch.optim
 
 def content(lm: AudioLM, adam: torch.optim.Optimizer, step: int = 1) -> dict:
     return checkpoint.copied({
-        "format": checkpoint.FORMAT, "step": step, "base": checkpoint.base_digests(lm),
+        "format": checkpoint.FORMAT, "step": step, "shards": "", "base": checkpoint.base_digests(lm),
         "learned": checkpoint.learned(lm), "optimizer": checkpoint.optimizer_state(lm, adam),
     })  # fmt: skip
 
