@@ -37,6 +37,7 @@ def section(cls: type, doc: str) -> Any:
 AUTO = "auto"  # of batch.pack_slots, hardware.attention and hardware.strategy
 DDP, FSDP = "ddp", "fsdp"  # the other values of hardware.strategy
 SDPA, VARLEN = KERNELS = ("sdpa", "varlen")  # the other values of hardware.attention
+TRACKERS = ("wandb", "mlflow", "trackio")  # what log.trackers may name
 HEARD, LEFT_OUT, TOLD = CLIPS = ("heard", "left_out", "told")  # values of data.clips
 
 
@@ -235,6 +236,11 @@ class Log:
         False, "also keep checkpoints/best.ckpt, that of the lowest validation loss (after step 0)", free=True
     )
     progress: bool = key(True, "progress bar", free=True)
+    trackers: list[str] = key(
+        [],
+        "experiment trackers that are told what TensorBoard is: wandb, mlflow, trackio (pip install them)",
+        free=True,
+    )
 
 
 @dataclass
@@ -452,6 +458,8 @@ def _check_values(stage: Stage) -> None:
         "compute in bf16) or fp32. With weights in bf16 a weight of 0.02 does not move at a learning rate of 1e-5",
     )
     clips = stage.data.clips
+    unknown = [name for name in stage.log.trackers if name not in TRACKERS]
+    require(not unknown, f"log.trackers: {unknown[:1]} is not offered; write some of [{', '.join(TRACKERS)}]")
     require(clips in CLIPS, f"data.clips: {clips!r}; write {HEARD}, {LEFT_OUT} or {TOLD}")
     require(stage.optim.name in ("adamw8bit", "adamw"), f"optim.name: {stage.optim.name!r}; write adamw8bit or adamw")
     require(stage.lora.inherit in ("carry", "merge"), f"lora.inherit: {stage.lora.inherit!r}; write carry or merge")

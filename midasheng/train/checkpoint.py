@@ -20,6 +20,7 @@ from midasheng.config import Stage, UserError
 from midasheng.model import adapt
 from midasheng.model.audio_lm import AudioLM
 from midasheng.model.sources import part_digests
+from midasheng.train import shard_files
 from midasheng.train.optim import state_bytes
 
 LAST, BEST = "last.ckpt", "best.ckpt"
@@ -105,9 +106,10 @@ def read(path: Path) -> dict[str, Any]:
     return saved
 
 
-def restore(model: AudioLM, saved: dict[str, Any], path: Path) -> None:
-    """Give the model back what it had learned. Raises CheckpointError when key sets, shapes, dtypes or the frozen rest
-    are not those of the checkpoint."""
+def restore(model: AudioLM, saved: dict[str, Any], path: Path, *, shards: bool = True) -> None:
+    """Give the model back what it had learned. `shards`: also what lies in shards, whole; not where ranks will share
+    the model and each reads its own. Raises CheckpointError when key sets, shapes, dtypes or the frozen rest are not
+    those of the checkpoint, ShardError for shards."""
     ours, theirs = learned(model, parameters=not saved["shards"]), saved["learned"]
     if missing := sorted(ours.keys() - theirs.keys()):
         raise CheckpointError(f"{path} lacks {len(missing)} tensors that learn here, the first {missing[0]}")
@@ -126,6 +128,8 @@ def restore(model: AudioLM, saved: dict[str, Any], path: Path) -> None:
     with torch.no_grad():
         for name, tensor in theirs.items():
             ours[name].copy_(tensor)
+    if shards and saved["shards"]:
+        shard_files.restore_weights(model, shard_files.opened(path.parent / saved["shards"]))
 
 
 def restore_optimizer(model: AudioLM, optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: Path) -> None:

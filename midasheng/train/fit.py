@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -15,10 +16,10 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from midasheng import __version__, config
-from midasheng.config import DDP, FSDP, ConfigError, Stage, UserError
+from midasheng.config import AUTO, DDP, FSDP, ConfigError, Stage, UserError
 from midasheng.data.index import CorpusIndex
 from midasheng.data.ledger import Ledger, Skipped, drop_after, trim
 from midasheng.data.loader import first_clips, keep_freed_memory, train_loader
@@ -30,7 +31,7 @@ from midasheng.model.audio_lm import AudioLM
 from midasheng.model.encoder import EncoderShape
 from midasheng.model.sources import WeightsError, check_learned, check_stage, open_source
 from midasheng.sample import counter_seed
-from midasheng.train import checkpoint, memory, optim, sharded
+from midasheng.train import checkpoint, memory, optim, sharded, trackers
 from midasheng.train.listening import LONGEST, ListeningTest
 from midasheng.train.meter import add_event
 from midasheng.train.module import StageModule, Stopped, StopRequest
@@ -114,6 +115,17 @@ def build(order: Order, starts: Sequence[weights.Start]) -> tuple[AudioLM, str, 
     if carried:
         lines.append(f"LoRA of {carried} layers carried over, the others fresh")
     return model, "\n".join(lines) + "\n\n" + table + "\n", plan
+
+
+def measurable(order: Order, starts: Sequence[weights.Start]) -> AudioLM:
+    """The model, to try packs with on one device before step 0. Raises ConfigError where ranks will share it."""
+    model = build(order, starts)[0]
+    if sharded.chosen(order.stage.hardware, model) == FSDP:
+        raise ConfigError(
+            f"batch.pack_slots={AUTO}: packs are tried on one device, and here ranks share the model (fsdp); write a "
+            "number, as `make forecast` proposes it"
+        )
+    return model
 
 
 def parents_of(starts: Sequence[weights.Start]) -> list[dict[str, Any]]:
@@ -206,6 +218,7 @@ def fit(order: Order) -> None:
     """
     folder, first = order.folder, is_first()
     config.check_start(order.stage)
+    trackers.check(order.stage.log.trackers)
     kernels = verified(order.stage)  # first: memory is measured with them
     if order.stage.hardware.threads:
         torch.set_num_threads(order.stage.hardware.threads)
@@ -214,7 +227,7 @@ def fit(order: Order) -> None:
     sources = open_data(order.stage, make=first)
     for start in starts:
         weights.check_tokenizer(start, sources.chat.fingerprint())
-    order = memory.pack_slots(order, sources, lambda: build(order, starts)[0])
+    order = memory.pack_slots(order, sources, lambda: measurable(order, starts))
     stage = order.stage
     data = plan_data(stage, sources)
     planner = data.planner(stage.run.seed)
@@ -225,7 +238,9 @@ def fit(order: Order) -> None:
         print(f"{folder} is finished (NAME=... for another run, FRESH=1 to train it again)")
         return
     model, table, plan = build(order, starts)
-    lines = [*memory.check(order, model, sources, data.budget), checkpoint.check_room(folder, model, stage)]
+    kind = sharded.chosen(stage.hardware, model)
+    measured = [] if kind == FSDP else memory.check(order, model, sources, data.budget)
+    lines = [*sharded.lines(kind, stage.hardware), *measured, checkpoint.check_room(folder, model, stage)]
     text = header(order, data, kernels, lines) + "\n" + table
     if first:
         print(text)
@@ -259,6 +274,10 @@ def train(
         model, stage, data.course, [c.card.name for c in data.corpora],
         ListeningTest(data.held_out, folder, stage.data.answers, stage.log.answers), folder, stop, saved,
     )  # fmt: skip
+    told: list[Logger] = []
+    if is_first():
+        settings = config.flat(dataclasses.asdict(stage))
+        told = trackers.open_trackers(stage.log.trackers, folder, settings, resumed=saved is not None)
     kind = sharded.chosen(hardware, model)
     if kind == DDP:
         sharded.leave_out_frozen(module)
@@ -268,7 +287,7 @@ def train(
         max_epochs=1, use_distributed_sampler=False, precision="32-true", limit_val_batches=0, num_sanity_val_steps=0,
         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
         callbacks=[ProgressLine()] if stage.log.progress else [],
-        logger=TensorBoardLogger(folder, name="", version="tensorboard"),
+        logger=[TensorBoardLogger(folder, name="", version="tensorboard"), *told],
     )  # fmt: skip
     steps_done = saved["step"] if saved else 0
     if is_first():

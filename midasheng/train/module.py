@@ -342,7 +342,7 @@ class StageModule(L.LightningModule):
 
     def _go_on(self, saved: dict[str, Any]) -> None:
         """Take back what a checkpoint holds, but for the optimizer, which Lightning makes later, and shards."""
-        checkpoint.restore(self.model, saved, self.last)
+        checkpoint.restore(self.model, saved, self.last, shards=False)
         self.optimizer_saved = saved
         self.done, self.plan_state, self.start_digests = saved["step"], saved["plan"], saved["start_digests"]
         self.seconds, self.best = saved["seconds"], saved["best"]
