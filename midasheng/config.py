@@ -34,8 +34,10 @@ def section(cls: type, doc: str) -> Any:
     return field(default_factory=cls, metadata={"doc": doc, "free": False})
 
 
-AUTO = "auto"  # of batch.pack_slots and hardware.attention
+AUTO = "auto"  # of batch.pack_slots, hardware.attention and hardware.strategy
+DDP, FSDP = "ddp", "fsdp"  # the other values of hardware.strategy
 SDPA, VARLEN = KERNELS = ("sdpa", "varlen")  # the other values of hardware.attention
+TRACKERS = ("wandb", "mlflow", "trackio")  # what log.trackers may name
 HEARD, LEFT_OUT, TOLD = CLIPS = ("heard", "left_out", "told")  # values of data.clips
 
 
@@ -186,6 +188,15 @@ class Hardware:
     accelerator: str = key("auto", "cpu, gpu or auto", free=True)
     devices: int = key(1, "processes (GPUs) per node", free=True)
     nodes: int = key(1, "nodes", free=True)
+    strategy: str = key(
+        AUTO,
+        "ddp: each rank holds the whole model; fsdp: ranks share weights, gradients and optimizer states (FSDP2); "
+        "auto: fsdp where more than 1e9 parameters learn",
+        free=True,
+    )
+    shard: int = key(
+        0, "fsdp: ranks that share one copy of the model, as the GPUs of a node; 0: all ranks share one", free=True
+    )
     workers: int = key(2, "loader processes per rank; 0 loads in the training process", free=True)
     prefetch: int = key(2, "steps that each loader process loads ahead", free=True)
     recompute: list[str] = key(
@@ -215,7 +226,21 @@ class Log:
     every: int = key(10, "steps between rows of metrics.jsonl", free=True)
     val_every: int = key(100, "steps between validations; one is always made at step 0 and at the end", free=True)
     checkpoint_every: int = key(500, "steps between checkpoints; one is always made at the end or on Ctrl-C", free=True)
+    answers: int = key(
+        8,
+        "held-out questions of the mix that are answered in words at each validation, in 48 tokens at most, always the "
+        "same ones (answers.jsonl); at the end of data.also too. 0: none",
+        free=True,
+    )
+    keep_best: bool = key(
+        False, "also keep checkpoints/best.ckpt, that of the lowest validation loss (after step 0)", free=True
+    )
     progress: bool = key(True, "progress bar", free=True)
+    trackers: list[str] = key(
+        [],
+        "experiment trackers that are told what TensorBoard is: wandb, mlflow, trackio (pip install them)",
+        free=True,
+    )
 
 
 @dataclass
@@ -465,6 +490,8 @@ def _check_values(stage: Stage) -> None:
         "compute in bf16) or fp32. With weights in bf16 a weight of 0.02 does not move at a learning rate of 1e-5",
     )
     clips = stage.data.clips
+    unknown = [name for name in stage.log.trackers if name not in TRACKERS]
+    require(not unknown, f"log.trackers: {unknown[:1]} is not offered; write some of [{', '.join(TRACKERS)}]")
     require(clips in CLIPS, f"data.clips: {clips!r}; write {HEARD}, {LEFT_OUT} or {TOLD}")
     require(stage.optim.name in ("adamw8bit", "adamw"), f"optim.name: {stage.optim.name!r}; write adamw8bit or adamw")
     require(stage.lora.inherit in ("carry", "merge"), f"lora.inherit: {stage.lora.inherit!r}; write carry or merge")
@@ -474,6 +501,7 @@ def _check_values(stage: Stage) -> None:
         ("data.on_change", stage.data.on_change, ("refuse", "restart_plan")),
         ("batch.kind", stage.batch.kind, ("report", "throughput")),
         ("hardware.attention", stage.hardware.attention, (AUTO, *KERNELS)),
+        ("hardware.strategy", stage.hardware.strategy, (AUTO, DDP, FSDP)),
     ):
         require(value in allowed, f"{name}: {value!r}; write {', '.join(allowed[:-1])} or {allowed[-1]}")
     require(

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from functools import cached_property
 
 import numpy as np
-from numpy.typing import NDArray
 
 from midasheng import frames
 from midasheng.config import Forecast, Stage, UserError
@@ -88,15 +86,3 @@ def _indexed(stage: Stage, card: Card) -> CorpusIndex | None:
     except UserError:
         return None
     return corpus if len(corpus) else None
-
-
-def longest(corpora: Sequence[Corpus]) -> tuple[int, int]:
-    """(slots, frames) of the dearest record of each corpus' first shard, any variant."""
-    slots = n_frames = 0
-    for corpus in corpora:
-        columns = corpus.columns(int(np.flatnonzero(corpus.counts)[0]))
-        many: NDArray[np.int64] = np.diff(columns.until, prepend=0)
-        tokens = np.repeat(frames.audio_tokens(columns.n_samples.astype(np.int64)), many)
-        slots = max(slots, int((columns.slots + tokens).max()))
-        n_frames = max(n_frames, int(frames.frames(columns.n_samples.astype(np.int64)).max()))
-    return slots, n_frames

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -15,10 +16,10 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from midasheng import __version__, config
-from midasheng.config import ConfigError, Stage, UserError
+from midasheng.config import AUTO, DDP, FSDP, ConfigError, Stage, UserError
 from midasheng.data.index import CorpusIndex
 from midasheng.data.ledger import Ledger, Skipped, drop_after, trim
 from midasheng.data.loader import first_clips, keep_freed_memory, train_loader
@@ -28,10 +29,10 @@ from midasheng.data.room import DataRoom, open_data, plan_data
 from midasheng.model import adapt, attention, kernels, loss, weights
 from midasheng.model.audio_lm import AudioLM
 from midasheng.model.encoder import EncoderShape
-from midasheng.model.sources import WeightsError, check_learned, check_stage, open_source, part_digests
+from midasheng.model.sources import WeightsError, check_learned, check_stage, open_source
 from midasheng.sample import counter_seed
-from midasheng.train import memory, optim
-from midasheng.train.listening import ListeningTest
+from midasheng.train import checkpoint, memory, optim, sharded, trackers
+from midasheng.train.listening import LONGEST, ListeningTest
 from midasheng.train.meter import add_event
 from midasheng.train.module import StageModule, Stopped, StopRequest
 from midasheng.train.order import Order, check_run_folder, command_line, is_first
@@ -116,6 +117,17 @@ def build(order: Order, starts: Sequence[weights.Start]) -> tuple[AudioLM, str, 
     return model, "\n".join(lines) + "\n\n" + table + "\n", plan
 
 
+def measurable(order: Order, starts: Sequence[weights.Start]) -> AudioLM:
+    """The model, to try packs with on one device before step 0. Raises ConfigError where ranks will share it."""
+    model = build(order, starts)[0]
+    if sharded.chosen(order.stage.hardware, model) == FSDP:
+        raise ConfigError(
+            f"batch.pack_slots={AUTO}: packs are tried on one device, and here ranks share the model (fsdp); write a "
+            "number, as `make forecast` proposes it"
+        )
+    return model
+
+
 def parents_of(starts: Sequence[weights.Start]) -> list[dict[str, Any]]:
     """What the run starts from, for stage.json."""
     return [
@@ -176,6 +188,9 @@ def header(order: Order, data: DataRoom, kernels: str, memory_lines: Sequence[st
     )
     if b.lead is not None:
         lines.append(f"  {shared(b.lead_slots, data.corpora)}")
+    few, asked = len(data.held_out[0].open(stage.log.answers)), len(data.held_out[0].asked)
+    words = f", {few} of them answered in words (at most {LONGEST} tokens each)" if few else ""
+    lines.append(f"  validation every {stage.log.val_every} steps and at both ends: {asked} held-out samples{words}")
     lines += [f"  note: {note}" for note in data.notes]
     return "\n".join([*lines, kernels, *memory_lines]) + "\n"
 
@@ -203,6 +218,7 @@ def fit(order: Order) -> None:
     """
     folder, first = order.folder, is_first()
     config.check_start(order.stage)
+    trackers.check(order.stage.log.trackers)
     kernels = verified(order.stage)  # first: memory is measured with them
     if order.stage.hardware.threads:
         torch.set_num_threads(order.stage.hardware.threads)
@@ -211,7 +227,7 @@ def fit(order: Order) -> None:
     sources = open_data(order.stage, make=first)
     for start in starts:
         weights.check_tokenizer(start, sources.chat.fingerprint())
-    order = memory.pack_slots(order, sources, lambda: build(order, starts)[0])
+    order = memory.pack_slots(order, sources, lambda: measurable(order, starts))
     stage = order.stage
     data = plan_data(stage, sources)
     planner = data.planner(stage.run.seed)
@@ -222,7 +238,10 @@ def fit(order: Order) -> None:
         print(f"{folder} is finished (NAME=... for another run, FRESH=1 to train it again)")
         return
     model, table, plan = build(order, starts)
-    text = header(order, data, kernels, memory.check(order, model, sources, data.budget)) + "\n" + table
+    kind = sharded.chosen(stage.hardware, model)
+    measured = [] if kind == FSDP else memory.check(order, model, sources, data.budget)
+    lines = [*sharded.lines(kind, stage.hardware), *measured, checkpoint.check_room(folder, model, stage)]
+    text = header(order, data, kernels, lines) + "\n" + table
     if first:
         print(text)
         if order.fresh:
@@ -241,36 +260,42 @@ def train(
 ) -> None:  # fmt: skip
     """Train from step 0 or from the checkpoint, then write weights/. `without`: what is quarantined."""
     stage, folder, hardware = order.stage, order.folder, order.stage.hardware
-    resume = folder / "checkpoints" / "last.ckpt"
-    saved = torch.load(resume, map_location="cpu", weights_only=True)["midasheng"] if resume.is_file() else None
+    resume = folder / "checkpoints" / checkpoint.LAST
+    saved = checkpoint.read(resume) if resume.is_file() else None
     changed = differences(saved["plan"]["fingerprint"], planner.fingerprint()) if saved else ""
     if saved and changed and stage.data.on_change == "restart_plan":
         restart_plan(folder, planner, saved["step"], changed)
     elif saved:
         planner.restore(saved["plan"])
-    elif calibrates(stage, data.corpora):
-        clips = first_clips(data.planner(stage.run.seed), data.corpora, CALIBRATION_CLIPS)
-        model.audio_encoder.init_bn.calibrate(model.audio_encoder.log_mel(torch.from_numpy(c)) for c in clips)
+    else:
+        calibrate(model, stage, data)
     stop = StopRequest()
     module = StageModule(
         model, stage, data.course, [c.card.name for c in data.corpora],
-        ListeningTest(data.held_out, folder, stage.data.answers), folder,
-        part_digests(adapt.base_state(model)), stop,
+        ListeningTest(data.held_out, folder, stage.data.answers, stage.log.answers), folder, stop, saved,
     )  # fmt: skip
+    told: list[Logger] = []
+    if is_first():
+        settings = config.flat(dataclasses.asdict(stage))
+        told = trackers.open_trackers(stage.log.trackers, folder, settings, resumed=saved is not None)
+    kind = sharded.chosen(hardware, model)
+    if kind == DDP:
+        sharded.leave_out_frozen(module)
     trainer = L.Trainer(
         accelerator=hardware.accelerator, devices=hardware.devices, num_nodes=hardware.nodes,
-        strategy="ddp" if hardware.devices * hardware.nodes > 1 else "auto",
+        strategy=sharded.strategy(kind, hardware),
         max_epochs=1, use_distributed_sampler=False, precision="32-true", limit_val_batches=0, num_sanity_val_steps=0,
         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
         callbacks=[ProgressLine()] if stage.log.progress else [],
-        logger=TensorBoardLogger(folder, name="", version="tensorboard"),
+        logger=[TensorBoardLogger(folder, name="", version="tensorboard"), *told],
     )  # fmt: skip
     steps_done = saved["step"] if saved else 0
     if is_first():
         trim(folder, steps_done if saved else -1)
         drop_after(folder / "events.jsonl", steps_done + 1 if saved else -1)
         if not saved:  # killed before its first checkpoint
-            (folder / "metrics.jsonl").unlink(missing_ok=True)
+            for name in ("metrics.jsonl", "speed.jsonl", "answers.jsonl"):
+                (folder / name).unlink(missing_ok=True)
     module.planner = planner
     module.ledger = Ledger(folder, trainer.global_rank, [c.card.name for c in data.corpora])
     for corpus in data.corpora:
@@ -283,17 +308,16 @@ def train(
     if saved and is_first():
         aside = f"; {len(without)} samples are in {folder / FILE}" if without else ""
         print(f"resuming at step {steps_done} of {data.course.steps}{aside}")
-    if saved is None or steps_done < data.course.steps:
+    # else it was killed between its last step and the hand-off; shards are read when the ranks are there
+    if steps_done < data.course.steps or (saved and saved["shards"]):
         loader = train_loader(
             planner, data.corpora, data.chat, data.course.steps, rank=trainer.global_rank, world=trainer.world_size,
             workers=hardware.workers, prefetch=hardware.prefetch, without=without,
         )  # fmt: skip
-        with stoppable(stop):
-            trainer.fit(module, loader, ckpt_path=resume if saved else None, weights_only=True)
-    else:  # trained to the end, then killed before the hand-off
-        module.load_state_dict(torch.load(resume, map_location="cpu", weights_only=True)["state_dict"])
-        module.done, module.start_digests, module.seconds = steps_done, saved["start_digests"], saved["seconds"]
-        module.skips.restore(saved["skips"])
+        del saved
+        with stoppable(stop), module.writer:
+            trainer.fit(module, loader)
+        module.restore_rest()  # where no step was left to train
     if trainer.is_global_zero:
         record = {
             "stage": stage.name, "name": order.name, "scale": order.scale, "steps": module.done,
@@ -305,10 +329,13 @@ def train(
         }  # fmt: skip
         weights.hand_off(
             model, folder / "weights", record, plan, start_digests=module.start_digests,
-            audio_ids=data.chat.audio_ids, save_tokenizer=data.chat.save,
+            audio_ids=data.chat.audio_ids, save_tokenizer=data.chat.save, gather=sharded.gather,
         )  # fmt: skip
         add_event(folder, {"step": module.done, "event": "handed off"})
         print("\n".join([*ending(folder), f"skipped: {module.ledger.summary()}; weights in {folder / 'weights'}"]))
+    elif kind == FSDP:
+        for tensor in weights.handed_off(model):
+            sharded.gather(tensor)
 
 
 def restart_plan(folder: Path, planner: Planner, step: int, changed: str) -> None:
@@ -325,10 +352,12 @@ def restart_plan(folder: Path, planner: Planner, step: int, changed: str) -> Non
         print(f"data.on_change=restart_plan: {changed}; a new order from step {step} on, the old ledger is in {aside}")
 
 
-def calibrates(stage: Stage, corpora: Sequence[CorpusIndex]) -> bool:
-    """A fresh encoder that will hear audio needs one pass for the statistics of init_bn; a loaded one brings them."""
+def calibrate(model: AudioLM, stage: Stage, data: DataRoom) -> None:
+    """One pass for the statistics of init_bn where a fresh encoder will hear audio; a loaded one brings them."""
     fresh = adapt.matches("audio_encoder.init_bn.running_mean", stage.fresh)
-    return fresh and any(c.summary.mean_frames for c in corpora)
+    if fresh and any(c.summary.mean_frames for c in data.corpora):
+        clips = first_clips(data.planner(stage.run.seed), data.corpora, CALIBRATION_CLIPS)
+        model.audio_encoder.init_bn.calibrate(model.audio_encoder.log_mel(torch.from_numpy(c)) for c in clips)
 
 
 def run_stage(default: str, contract: Callable[[Stage], None], argv: Sequence[str] | None = None) -> int:
@@ -345,7 +374,7 @@ def run_stage(default: str, contract: Callable[[Stage], None], argv: Sequence[st
         return 130
     except Stopped:
         if is_first():
-            saved = order.folder / "checkpoints" / "last.ckpt"
+            saved = order.folder / "checkpoints" / checkpoint.LAST
             print(f"stopped; {saved} holds everything: the same command goes on from there")
         return 130
     return 0

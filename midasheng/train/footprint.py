@@ -27,7 +27,7 @@ from midasheng.model import adapt, attention, kernels
 from midasheng.model.audio_lm import AudioLM
 from midasheng.model.encoder import EncoderShape, LogMel
 from midasheng.sample import Pack
-from midasheng.train import optim
+from midasheng.train import optim, sharded
 from midasheng.train.memory import Dearest, Live, full_pack, size_of
 
 FEW = 2  # blocks of a tower in the smallest model that is tried
@@ -78,7 +78,7 @@ def _imagined(lm: AudioLM, mode: FakeTensorMode) -> None:
     lm.decoder.tie()
 
 
-# -- what a GPU's kernels keep, where a CPU's keep something else --------------------------------------------------------
+# -- what a GPU's kernels keep, where a CPU's keep something else ------------------------------------------------------
 
 
 def _dropped(self: Any, x: Tensor) -> Tensor:
@@ -220,8 +220,8 @@ class Growth:
 
 
 def growth(stage: Stage, most: Dearest, n_frames: int, slots: int) -> Growth:
-    """How a step grows around packs of half and whole `n_frames` and `slots`, filled as `full_pack` does with `most`. On
-    a CPU as the run itself computes there, else as on a GPU."""
+    """How a step grows around packs of half and whole `n_frames` and `slots`, filled as `full_pack` does with `most`;
+    on a CPU as the run itself computes there, else as on a GPU."""
     gpu = stage.hardware.accelerator != "cpu"
     half, whole = (n_frames // 2, slots // 2), (n_frames, slots)
     other_frames, other_slots = (whole[0], half[1]), (half[0], whole[1])
@@ -272,20 +272,14 @@ class Held:
         return self.weights + self.gradients + self.optimizer + self.sent
 
 
-def _rows(n: int, parts: int, part: int) -> int:
-    """Rows of a tensor of `n` that rank `part` holds: all but the last ranks as many, as torch.chunk cuts."""
-    each = -(-n // parts)
-    return max(0, min(n, (part + 1) * each) - min(n, part * each))
-
-
 def shard_bytes(lm: AudioLM, name: str, parts: int, part: int = 0) -> Held:
     """What rank `part` of `parts` holds of weights, gradients and states of optimizer `name` under FSDP2, each tensor
     cut in rows. Whether a state is 8-bit is decided by the whole tensor; blocks of 256 are the shard's."""
     weights = gradients = states = 0
     eight_bit = False
     for p in lm.parameters():
-        rows = _rows(p.shape[0], parts, part) if p.ndim else p.numel()
-        n = rows * math.prod(p.shape[1:])
+        first, last = sharded.rows(p.shape[0], parts, part)
+        n = (last - first) * math.prod(p.shape[1:])
         weights += n * p.element_size()
         if not p.requires_grad:
             continue
@@ -324,7 +318,7 @@ class Gathered:
 def gathered(lm: AudioLM) -> Gathered:
     """From the model's shapes."""
     own = HALF if lm.compute_dtype is not None else FULL
-    sizes, ids = [], set()
+    sizes, ids = [], set[int]()
     for block in [*lm.audio_encoder.blocks, *lm.decoder.model.layers]:
         parameters = list(block.parameters())
         ids |= {id(p) for p in parameters}

@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from midasheng import frames
-from midasheng.config import AUTO, Stage
-from midasheng.data.assumed import Assumed, known, longest
+from midasheng.config import Stage
+from midasheng.data.assumed import known
 from midasheng.data.index import CorpusIndex
 from midasheng.data.manifest import Mix
 from midasheng.data.plan import SLOT_UNIT, Budget, Corpus, Planned, Planner, budget, in_steps
@@ -28,12 +28,12 @@ from midasheng.train import footprint
 from midasheng.train.footprint import Growth, Held
 from midasheng.train.memory import ALLOWED, GIB, Dearest
 from midasheng.train.order import trains
+from midasheng.train.sharded import MANY
 
 PACKS = 640  # planned in advance, at least
 REPORT, THROUGHPUT = "report", "throughput"
 MOST_SLOTS = 2**18  # of a pack: none larger is looked for
 LONG_S = 900  # the report's longest clips
-MANY = 10**9  # parameters that learn: beyond them ranks share states (FSDP2)
 BACKWARD = 2 / 3  # of a pack's time, in which gradients can already be sent
 PASSES = 32  # bytes that clip and 8-bit AdamW move for each parameter that learns
 # the report: audio hours a GPU hour by stage (section 4: 38,662 h three times in a day on 8 GPUs; 19,200 GPU-hours in
@@ -314,7 +314,6 @@ def variants(stage: Stage, own: Course) -> dict[str, Growth]:
 
 
 def _data(out: Page, stage: Stage, mix: Mix, corpora: Sequence[Corpus], indexed: int, at: dict[str, Course]) -> None:
-    f = stage.forecast
     records, hours = sum(int(c.counts.sum()) for c in corpora), sum(c.summary.hours for c in corpora)
     how = "m" if indexed == len(corpora) else "a"
     rows = at[REPORT].rows[:, [SLOTS, FRAMES, TARGETS]].mean(0)
@@ -324,9 +323,7 @@ def _data(out: Page, stage: Stage, mix: Mix, corpora: Sequence[Corpus], indexed:
         f"mix {mix.name}",
         f"{len(corpora)} corpora, {indexed} by their index; {_n(records)} records, {_n(hours)} h",
     )
-    where = "" if how == "m" else (
-        f" (forecast.clip_share, clip_s, prompt_slots {f.prompt_slots}, answer_slots {f.answer_slots}; hours: cards)"
-    )  # fmt: skip
+    where = "" if how == "m" else " (forecast.clip_*, *_slots)"
     out.add(
         how,
         "a mean sample",
@@ -418,8 +415,8 @@ def _memory(out: Page, stage: Stage, lm: AudioLM, fits: dict[str, Growth], own: 
     both = {"DDP" if world > 1 else "one process": ddp} | ({f"FSDP2 over {parts}": shards} if world > 1 else {})
     size = own.shape.pack_frames, own.shape.pack_slots
     out.head(f"memory of a GPU, GiB ({own.shape.pack_slots:,} slots)", *both)
-    for name, what in (("weights", "weights"), ("gradients", "gradients"), ("optimizer", f"optimizer ({stage.optim.name})"),
-                       ("sent", "gradients sent, or gathered")):  # fmt: skip
+    parts_of = {"weights": "weights", "gradients": "gradients", "optimizer": f"optimizer ({stage.optim.name})"}
+    for name, what in (parts_of | {"sent": "gradients sent, or gathered"}).items():
         out.add("d", what, *(_gib(getattr(held, name)) for held in both.values()), "")
     at = footprint.blocks_of(lm)
     limit = ALLOWED * f.memory_gib
@@ -442,7 +439,7 @@ def _memory(out: Page, stage: Stage, lm: AudioLM, fits: dict[str, Growth], own: 
         out.add(
             "d",
             "decoder computed again",
-            f"never: frozen, forward is half of its cost, so the step costs {_share(more)} more; refused",
+            f"never: it is frozen; the step would cost {_share(more)} more; refused",
         )
 
 
@@ -452,14 +449,15 @@ def _rest(
     f = stage.forecast
     stored = [c for c in corpora if isinstance(c, CorpusIndex)]
     size, how = f.bytes_per_audio_s, "a"
-    if len(stored) == len(corpora) and sum(c.summary.hours for c in stored):
-        size = sum(r.shard.size for c in stored for r in c.rows) / 3600 / sum(c.summary.hours for c in stored)
+    hours: float = sum(c.summary.hours for c in stored)
+    if len(stored) == len(corpora) and hours:
+        size = sum(r.shard.size for c in stored for r in c.rows) / 3600 / hours
         how = "m"
     out.head("data and disk", *(f"batch.kind={kind}" for kind in at))
-    rates = [one.audio_s / took[kind].step for kind, one in at.items()]
+    seconds = [one.audio_s / took[kind].step for kind, one in at.items()]
     clips = [one.clips / took[kind].step for kind, one in at.items()]
-    out.add(how, f"reading, {size / 1e3:.1f} kB a second", *(f"{r * size / 1e6:,.3g} MB/s" for r in rates), "")
-    cores = [(r * f.decode_ms + n * f.sample_ms) / 1e3 / gpus(stage) for r, n in zip(rates, clips, strict=True)]
+    out.add(how, f"reading, {size / 1e3:.1f} kB a second", *(f"{r * size / 1e6:,.3g} MB/s" for r in seconds), "")
+    cores = [(r * f.decode_ms + n * f.sample_ms) / 1e3 / gpus(stage) for r, n in zip(seconds, clips, strict=True)]
     out.add("a", "cores for loading, a GPU", *(f"{n:.2f}" for n in cores), "")
     ddp = footprint.under_ddp(lm, stage.optim.name, 1)
     learn = sum(p.numel() * p.element_size() for p in lm.parameters() if p.requires_grad)

@@ -108,7 +108,8 @@ class Speed:
 
 
 class MetricsFile:
-    """metrics.jsonl: rows of training (`loss`) and of validation (`val_loss`); `step` counts finished steps."""
+    """metrics.jsonl, rows of training (`loss`) and of validation (`val_loss`), and its like; `step` counts finished
+    steps. A resume drops what stands behind its step."""
 
     def __init__(self, path: Path, steps_done: int, *, write: bool) -> None:
         self.path, self.write = path, write
@@ -139,7 +140,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 EVENTS = {
     "start": {"world"},  # training begins, on so many processes
     "resume": {"world", "world_before"},  # it goes on from a checkpoint; None: the checkpoint did not say
-    "checkpoint": {"seconds"},
+    # until it was in place, and how long of them training stood still; is it best.ckpt too?
+    "checkpoint": {"seconds", "waited", "bytes", "best"},
     "mix": {"from_step", "percent"},  # the shares change
     "plan restarted": {"because"},  # a new order of data
     # a step was not taken: its number in plan and ledger, how many in a row, and what its packs held (skips.references)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -22,12 +23,16 @@ from midasheng.data.loader import StepBatch, steps_ahead
 from midasheng.data.manifest import MixFile
 from midasheng.data.plan import Planner
 from midasheng.data.room import Course
+from midasheng.model import adapt
 from midasheng.model.audio_lm import AudioLM
 from midasheng.model.flops import cost, peak
+from midasheng.model.sources import part_digests
 from midasheng.sample import counter_seed
+from midasheng.train import checkpoint, shard_files, sharded
 from midasheng.train.listening import ListeningTest
 from midasheng.train.meter import Meter, MetricsFile, Speed, add_event, memory_gib
 from midasheng.train.optim import clip, learning_rate, optimizer
+from midasheng.train.order import is_first
 from midasheng.train.skips import NotFinite, Skips, references
 
 
@@ -56,20 +61,21 @@ class Read(NamedTuple):
 class StageModule(L.LightningModule):
     """Trains AudioLM for one stage.
 
-    `done` counts finished steps; it, the plan's state and the sums since the last row travel in the checkpoint.
-    Lightning's own loop counters do not: a resume is a new fit whose loader begins at step `done`, so none of
-    Lightning's restart rules can repeat or skip a batch.
+    `done` counts finished steps; it, the plan's state and the sums since the last row travel in the checkpoint
+    (train/checkpoint.py), which is ours and not Lightning's: a resume is a new fit whose loader begins at step `done`,
+    so none of Lightning's restart rules can repeat or skip a batch.
     """
 
     def __init__(
         self, model: AudioLM, stage: Stage, course: Course, corpora: Sequence[str], test: ListeningTest,
-        run: Path, start_digests: dict[str, str], stop: StopRequest,
+        run: Path, stop: StopRequest, saved: dict[str, Any] | None,
     ) -> None:  # fmt: skip
+        """`saved`: the checkpoint that the run goes on from."""
         super().__init__()
         self.automatic_optimization = False
         self.model = model
         self.stage, self.course, self.run = stage, course, run
-        self.test, self.start_digests, self.stop = test, start_digests, stop
+        self.test, self.stop = test, stop
         self.meter, self.skips = Meter(corpora), Skips(stage.optim)
         self.done = 0
         self.began, self.seconds = time.monotonic(), 0.0  # training up to the last checkpoint, over all resumes
@@ -78,8 +84,24 @@ class StageModule(L.LightningModule):
         self.mix_file = MixFile(run / "mix.yaml", corpora)
         self.shown: dict[str, float] = {}  # for the progress line
         self.ledger: Ledger | None = None
+        self.best: dict[str, float] | None = None  # step and val_loss of the lowest validation loss
+        self.base = checkpoint.base_digests(model)
+        self.optimizer_saved: dict[str, Any] | None = None  # until the optimizer is there
+        if saved is None:
+            self.start_digests = part_digests(adapt.base_state(model))
+        else:
+            self._go_on(saved)
+        files = ("metrics.jsonl", "speed.jsonl", "answers.jsonl", "events.jsonl", "skipped.jsonl")
+        beside = [run / name for name in files]
+        self.writer = checkpoint.Writer(run / "checkpoints", beside, self.done if saved else None)
 
     # -- Lightning's hooks ------------------------------------------------------------------------------------------
+
+    def configure_model(self) -> None:
+        """Share the model among the ranks where the strategy is FSDP2."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy) and not sharded.groups(self.model):
+            sharded.shard(self.model, strategy.root_device.type, self.stage.hardware.shard)
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over what learns."""
@@ -89,9 +111,14 @@ class StageModule(L.LightningModule):
         """Open the files; validate at step 0."""
         rank = self.trainer.global_rank
         assert self.planner is not None
+        self.restore_rest()
+        wrapper = self.trainer.strategy.model
+        if isinstance(wrapper, DistributedDataParallel):
+            checkpoint.settle_buckets(wrapper)
         self.mix_file.follow(self.planner.changes())
         self.metrics = MetricsFile(self.run / "metrics.jsonl", self.done, write=rank == 0)
         self.speeds = MetricsFile(self.run / "speed.jsonl", self.done, write=rank == 0)
+        self.answers = MetricsFile(self.run / "answers.jsonl", self.done, write=rank == 0)
         assert self.ledger is not None
         self.model.train()
         at, how = peak(self.device, self.model.compute_dtype or torch.float32)
@@ -99,7 +126,8 @@ class StageModule(L.LightningModule):
         self.speed = Speed(cost(self.model), at, self.trainer.world_size)
         if self.done == 0:
             self.model.eval()
-            self.test.before(self.model, *self._world())
+            with sharded.whole(self.model):
+                self.test.before(self.model, *self._world())
             self._validate(ends=True)
         self.left = time.monotonic()
 
@@ -126,7 +154,7 @@ class StageModule(L.LightningModule):
                 loss_S = self.model(pack)
                 self.manual_backward(loss_S.sum() * scale)
             losses.append(loss_S.detach())
-        norm = clip(self.model.parameters(), self.stage.optim.clip_norm)
+        norm = clip(self.model.parameters(), self.stage.optim.clip_norm, self.shards)
         read = self._read(losses, norm, sums_3)
         if read.digests != world * digest:  # CRC32: its multiples are exact in float64
             raise AssertionError(
@@ -147,7 +175,8 @@ class StageModule(L.LightningModule):
     # -- inside a step ----------------------------------------------------------------------------------------------
 
     def _gradients_stay_here(self, *, unless: bool) -> contextlib.AbstractContextManager[None]:
-        """DDP reduces gradients only with the last pack of a step."""
+        """Gradients are reduced only with the last pack of a step."""
+        sharded.sync(self.model, unless)
         wrapper = self.trainer.strategy.model
         if unless or not isinstance(wrapper, DistributedDataParallel):
             return contextlib.nullcontext()
@@ -202,8 +231,9 @@ class StageModule(L.LightningModule):
         """Files, validation, checkpoint, stop: all between steps."""
         assert self.ledger is not None
         self.ledger.step(batch.step, batch.trained, batch.checksum, batch.skipped)
+        self.writer.check()
         last = self.done == self.course.steps
-        log = self.stage.log
+        log, best = self.stage.log, False
         if self.done % log.every == 0 or last:
             row = self.skips.row(self.meter.row(self._sum_over_ranks))
             self.metrics.add({"step": self.done, "loss": row["loss"], "lr": lr, "grad_norm": norm, **row})
@@ -213,12 +243,11 @@ class StageModule(L.LightningModule):
             self._log({f"speed/{name}": value for name, value in speed.items()})
             self._follow_mix_file()
         if self.done % log.val_every == 0 or last:
-            self._validate(ends=last)
-        if last and self.trainer.global_rank == 0 and self.stage.data.answers:
-            self.test.answer(self.model)
-        if self.done % log.checkpoint_every == 0 or last or stop:
-            self.save()
+            best = self._validate(ends=last) and log.keep_best
+        if self.done % log.checkpoint_every == 0 or last or stop or best:
+            self.save(best=best)
         if stop and not last:
+            self.writer.wait()
             if self.trainer.global_rank == 0:
                 add_event(self.run, {"step": self.done, "event": "stop"})
             raise Stopped
@@ -246,54 +275,100 @@ class StageModule(L.LightningModule):
     def _world(self) -> tuple[int, int, Callable[[Tensor], Tensor]]:
         return self.trainer.global_rank, self.trainer.world_size, self._sum_over_ranks
 
-    def _validate(self, *, ends: bool) -> None:
-        """Held-out loss and listening difference; `ends`: at the start and the end of the stage, all that is asked."""
+    def _validate(self, *, ends: bool) -> bool:
+        """Held-out loss, listening difference and answers in words; `ends`: at the start and the end of the stage, all
+        that is asked. Is the loss the lowest of the run so far, the start left out?"""
         self.model.eval()
-        with self.speed.paused():
+        began, last = time.monotonic(), self.done == self.course.steps
+        with self.speed.paused(), sharded.whole(self.model):
             row = self.test.row(self.model, *self._world(), ends=ends)
+            looked = time.monotonic()
+            answers = self.test.answer(self.model, self.done, *self._world(), end=last)
+            ended = time.monotonic()
         self.model.train()
         self.metrics.add({"step": self.done, **row})
+        for answer in answers:
+            self.answers.add(answer)
+        took = {"validation_s": round(ended - began, 3), "answers_s": round(ended - looked, 3)}
+        self.speeds.add({"step": self.done, **took})
         heard = {"val/listening": row["listening"]["difference"]} if row.get("listening") else {}
-        self._log({"val/val_loss": row["val_loss"], **heard})
+        self._log({"val/val_loss": row["val_loss"], **heard, **{f"val/{name}": s for name, s in took.items()}})
+        best = self.done > 0 and row["val_loss"] < (self.best["val_loss"] if self.best else math.inf)
+        if best:
+            self.best = {"step": self.done, "val_loss": row["val_loss"]}
+        return best
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     @property
-    def checkpoint(self) -> Path:
+    def last(self) -> Path:
         """Where a run resumes from."""
-        return self.run / "checkpoints" / "last.ckpt"
+        return self.run / "checkpoints" / checkpoint.LAST
 
-    def save(self) -> None:
-        """Write checkpoints/last.ckpt; a kill while writing leaves the former one whole."""
+    def save(self, *, best: bool = False) -> None:
+        """Begin to write checkpoints/last.ckpt, and best.ckpt; the steps that follow do not wait for the disk."""
         assert self.ledger is not None
         assert self.planner is not None
+        began = time.monotonic()
+        self.writer.wait()
         # a change that was announced after this step was planned must not be forgotten by a resume
         self.plan_state = {**self.plan_state, "events": self.planner.changes()}
         self.ledger.flush(self.plan_state)
-        part, began = self.checkpoint.with_suffix(".part"), time.monotonic()
-        self.trainer.save_checkpoint(part)
-        if self.trainer.global_rank == 0:
-            os.replace(part, self.checkpoint)
-            seconds = round(time.monotonic() - began, 3)
-            add_event(self.run, {"step": self.done, "event": "checkpoint", "seconds": seconds})
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Our own state beside Lightning's."""
-        now = time.monotonic()
-        self.seconds, self.began = self.seconds + now - self.began, now
-        checkpoint["midasheng"] = {
-            "step": self.done, "plan": self.plan_state, "sums": self._sum_over_ranks(self.meter.sums),
-            "start_digests": self.start_digests, "seconds": self.seconds, "corpora": list(self.meter.corpora),
-            "world": self.trainer.world_size, "skips": self.skips.state(),
+        sums = self._sum_over_ranks(self.meter.sums)  # behind it all ranks' ledgers are on the disk
+        self.seconds, self.began = self.seconds + began - self.began, began
+        shards = ""
+        if self.shards is not None:
+            shards = shard_files.write(self.last.parent, self.done, self.model, self._optimizer())
+        if self.trainer.global_rank > 0:
+            return
+        content = {
+            "format": checkpoint.FORMAT, "step": self.done, "plan": self.plan_state, "sums": sums,
+            "corpora": list(self.meter.corpora), "seconds": self.seconds, "world": self.trainer.world_size,
+            "start_digests": self.start_digests, "base": self.base, "best": self.best,
+            "skips": self.skips.state(), "shards": shards,
+            "learned": checkpoint.learned(self.model, parameters=not shards),
+            "optimizer": {} if shards else checkpoint.optimizer_state(self.model, self._optimizer()),
         }  # fmt: skip
+        event = {"step": self.done, "event": "checkpoint", "best": best}
+        content = checkpoint.copied(content)
+        waited = round(time.monotonic() - began, 3)
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take back our own state, and none of Lightning's loop counters."""
-        own = checkpoint["midasheng"]
-        self.done, self.plan_state, self.start_digests = own["step"], own["plan"], own["start_digests"]
-        self.seconds = own["seconds"]
-        self.skips.restore(own["skips"])
+        def written(size: int) -> None:
+            seconds = round(time.monotonic() - began, 3)
+            add_event(self.run, event | {"seconds": seconds, "waited": waited, "bytes": size})
+            shard_files.forget(self.last.parent)
+
+        self.writer.write(content, [checkpoint.LAST, *([checkpoint.BEST] if best else [])], written)
+
+    def _go_on(self, saved: dict[str, Any]) -> None:
+        """Take back what a checkpoint holds, but for the optimizer, which Lightning makes later, and shards."""
+        checkpoint.restore(self.model, saved, self.last, shards=False)
+        self.optimizer_saved = saved
+        self.done, self.plan_state, self.start_digests = saved["step"], saved["plan"], saved["start_digests"]
+        self.seconds, self.best = saved["seconds"], saved["best"]
+        self.skips.restore(saved["skips"])
         # the sums were reduced: one rank carries them on; with other corpora (a restarted plan) they begin again
-        if self.trainer.global_rank == 0 and own["corpora"] == list(self.meter.corpora):
-            self.meter.sums = own["sums"].clone()
-        checkpoint.pop("loops", None)
+        if is_first() and saved["corpora"] == list(self.meter.corpora):
+            self.meter.sums = saved["sums"].clone()
+
+    def restore_rest(self) -> None:
+        """Take back what could not be read before the optimizer was there, and ranks shared the model; once."""
+        self.shards = sharded.shards_group(self.model)
+        saved, self.optimizer_saved = self.optimizer_saved, None
+        if saved is None:
+            return
+        if saved["shards"]:
+            pieces = shard_files.opened(self.last.parent / saved["shards"])
+            shard_files.restore(self.model, self._optimizer(), pieces)
+        elif self.shards is not None:
+            states = {name: dict(checkpoint.flat(of)) for name, of in saved["optimizer"]["state"].items()}
+            weights = {name: saved["learned"][name] for name, p in self.model.named_parameters() if p.requires_grad}
+            pieces = shard_files.held(str(self.last), weights, states)
+            shard_files.restore(self.model, self._optimizer(), pieces)
+        else:
+            checkpoint.restore_optimizer(self.model, self._optimizer(), saved, self.last)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        wrapped = self.optimizers()
+        assert isinstance(wrapped, LightningOptimizer)
+        return wrapped.optimizer

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.plan import columns
+from benchmarks.plan import NoChat, columns
 from midasheng import config, frames
 from midasheng.config import ConfigError, Forecast, UserError
 from midasheng.data.assumed import Assumed, known
+from midasheng.data.index import open_corpus
 from midasheng.data.loader import train_loader
 from midasheng.data.manifest import Card
 from midasheng.data.plan import Budget, Planner, mean_cost
@@ -26,7 +27,6 @@ from midasheng.train.fit import build
 from midasheng.train.memory import Dearest, Memory
 from midasheng.train.order import Order
 from tests.conftest import CONFIGS, order_for
-from tests.data.test_plan import NoChat
 from tests.model import count, tiny_lm
 from tests.model.test_flops import by_segment, counted
 
@@ -100,8 +100,7 @@ def test_liger_and_recomputation_take_less_and_dropout_keeps_a_byte():
         return float(footprint.growth(stage, Dearest(9999, 9999, 0.4), 500, 400).lines[0, 6])  # of a slot and block
 
     plain, fused, dry = slot(), slot("hardware.liger=true"), slot("lora.dropout=0.0")
-    # q and v are adapted: their input, 1,024 wide; a byte each, and its product in half precision
-    assert plain - dry == pytest.approx(2 * (1 + 2) * 1024, rel=0.5)
+    assert plain - dry == pytest.approx(2 * 1024)  # q and v are adapted, their input is 1,024 wide
     # silu(gate), 3,072 numbers of two bytes, and what norms keep in float32
     assert plain - fused > 2 * 3072
 
@@ -191,7 +190,7 @@ def test_fill_from_cards_is_that_of_a_real_index_of_such_lengths(tmp_path):
         columns("report", 30_000, np.random.default_rng(0)),
         {"shard": vars(shard), "reasons": [], "damage": [], "lead": []},
     )
-    index = forecast_index(reading, tmp_path)
+    index = open_corpus(reading, str(tmp_path), tmp_path / "index", 30.0, make=True)
     fills, shapes = [], []
     for corpus in (index, Assumed(card, Forecast())):
         slots, n_frames = mean_cost([corpus], [100.0])
@@ -203,12 +202,6 @@ def test_fill_from_cards_is_that_of_a_real_index_of_such_lengths(tmp_path):
     assert fills[1] == pytest.approx(fills[0], abs=0.01)
     assert shapes[1] == pytest.approx(shapes[0], rel=0.05)
     assert len(Assumed(card, Forecast())) == pytest.approx(30 * 3600 / 3.43, rel=0.02)
-
-
-def forecast_index(reading, folder):
-    from midasheng.data.index import open_corpus
-
-    return open_corpus(reading, str(folder), folder / "index", 30.0, make=True)
 
 
 def test_what_a_card_does_not_say_is_asked_for():
@@ -251,7 +244,7 @@ def test_the_page_of_a_7b_says_where_each_line_is_from(stage, monkeypatch, no_ac
     assert all(re.match(r" \S|  [mda]  \S|  [mda]    \S", line) for line in lines), lines
     assert "8,281,739,904 learn" in page if stage == "stage1_align" else "LoRA" in page
     assert len(lines) < 70
-    assert max(map(len, lines)) < 140
+    assert max(map(len, lines)) <= 130
     half = forecast.page(stage_of(stage, "7b", "forecast.mfu=0.2", "forecast.host_us=0"), "7b")
     assert value(half, "arithmetic a pack", 1) == pytest.approx(2 * value(page, "arithmetic a pack", 1), rel=0.01)
     assert value(half, "GPU-hours", 2) > 1.8 * value(page, "GPU-hours", 2)
@@ -260,7 +253,7 @@ def test_the_page_of_a_7b_says_where_each_line_is_from(stage, monkeypatch, no_ac
 def test_gpu_hours_of_7b_by_hand(monkeypatch, no_activations):
     """Stage 2 with the lengths of the report's histogram alone: compute.md's 1.98 TFLOP a clip, 739 h at MFU .43."""
     monkeypatch.setattr(footprint, "growth", lambda *_: no_activations)
-    asked = ("batch.kind=throughput", "forecast.mfu=0.43", "forecast.clip_s={none: 1}", "forecast.memory_gb_s=1e9")
+    asked = ("batch.kind=throughput", "forecast.mfu=0.43", "forecast.clip_s.acavcaps=0", "forecast.memory_gb_s=1e9")
     page = forecast.page(stage_of("stage2_pretrain", "7b", *asked), "7b")
     assert value(page, "audio hours a GPU-hour", 2) == pytest.approx(739, rel=0.04)
     # 0.669 G gradients in float32, there and back around 80 GPUs

@@ -22,6 +22,7 @@ from midasheng.data import plan as plan_room
 from midasheng.data.ledger import frames_of, read_ledger
 from midasheng.data.loader import steps_ahead
 from midasheng.data.room import read_data
+from midasheng.train import checkpoint
 from midasheng.train import fit as fit_room
 from midasheng.train import order as order_room
 from midasheng.train.meter import add_event, read_metrics
@@ -69,8 +70,15 @@ def ledger(folder: Path) -> list[tuple[int, int, list[list[int]]]]:
     return found
 
 
+def said(run: Path) -> list[dict]:
+    """Rows of answers.jsonl, but for how long an answer took."""
+    path = run / "answers.jsonl"
+    return [row | {"seconds": None} for row in read_metrics(path)] if path.exists() else []
+
+
 def same_run(one: Path, other: Path) -> None:
     assert read_metrics(one / "metrics.jsonl") == read_metrics(other / "metrics.jsonl")
+    assert said(one) == said(other)
     assert ledger(one) == ledger(other)
     assert ledger(one)
     for file in ("weights/model.safetensors", "weights/adapter/adapter_model.safetensors"):
@@ -84,6 +92,7 @@ def same_run(one: Path, other: Path) -> None:
 def test_interrupted_equals_unbroken_bit_for_bit(tiny, tmp_path, monkeypatch, workers):
     """Two stops, the second between checkpoints and between rows; dropout, fresh encoder, an epoch's wrap."""
     more = {"run__length": "9 steps", "log__every": 2, "hardware__workers": workers, "data__val_clips": 3}
+    more |= {"log__answers": 2}
     run_stage("stage1_align", tiny, tmp_path / "whole", **more)
     unbroken = run_stage("stage2_pretrain", tiny, tmp_path / "whole", **more)
     run_stage("stage1_align", tiny, tmp_path / "parts", **more)
@@ -94,6 +103,7 @@ def test_interrupted_equals_unbroken_bit_for_bit(tiny, tmp_path, monkeypatch, wo
                 run_stage("stage2_pretrain", tiny, tmp_path / "parts", **more)
     parts = run_stage("stage2_pretrain", tiny, tmp_path / "parts", **more)
     same_run(unbroken, parts)
+    assert len(said(parts)) == 2 * 6  # validations behind steps 0, 2, 4, 6, 8, 9
     assert [step for step, *_ in ledger(parts)] == list(range(9))
 
 
@@ -212,9 +222,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(tiny, tmp_path):
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
     assert "the same command goes on from there" in output
-    done = torch.load(tmp_path / "parts/mini/stage1_align/checkpoints/last.ckpt", weights_only=True)["midasheng"][
-        "step"
-    ]
+    done = checkpoint.read(tmp_path / "parts/mini/stage1_align/checkpoints/last.ckpt")["step"]
     assert 3 <= done < 40
     again = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert again.returncode == 0, again.stdout + again.stderr
@@ -226,6 +234,7 @@ def test_two_processes_are_the_same_run_as_one(tiny, tmp_path):
     """Plain DDP over gloo, three packs a step on two ranks (one pack is a dummy), fp32 AdamW, dropout keyed by pack:
     losses and weights within float noise, same samples; the mean of rank means would be far off."""
     more = {"batch__packs_per_step": 3, "optim__name": "adamw", "run__length": "4 steps"}
+    more |= {"log__answers": 20, "data__val_clips": 20}
     run_stage("stage1_align", tiny, tmp_path / "one", **more)
     one = run_stage("stage2_pretrain", tiny, tmp_path / "one", **more)
     settings = [f"{k.replace('__', '.')}={v}" for k, v in more.items()]
@@ -241,6 +250,8 @@ def test_two_processes_are_the_same_run_as_one(tiny, tmp_path):
         assert a.get("grad_norm", 0) == pytest.approx(b.get("grad_norm", 0), rel=1e-4)
         for kind in ("listening", "alike", "text_only"):
             assert (a.get(kind) or {}) == pytest.approx(b.get(kind) or {}, rel=1e-3, abs=1e-4)
+    assert said(two) == said(one)
+    assert [row["step"] for row in said(one)][:: len(said(one)) // 3] == [0, 2, 4]
     assert ledger_rows(two) == ledger_rows(one)
     assert {p.name for p in (two / "ledger").iterdir()} == {"rank0.bin", "rank1.bin", "states.jsonl"}
     a, b = load_file(one / "weights/model.safetensors"), load_file(two / "weights/model.safetensors")
@@ -285,8 +296,8 @@ def on_two(folder: Path, tiny: Tiny, patch: str = "", **more: object) -> subproc
     )  # fmt: skip
 
 
-def optimizer_groups(checkpoint: Path) -> list[dict]:
-    return torch.load(checkpoint, weights_only=True)["optimizer_states"][0]["param_groups"]
+def optimizer_groups(path: Path) -> list[dict]:
+    return checkpoint.read(path)["optimizer"]["param_groups"]
 
 
 @pytest.fixture(scope="module")
@@ -544,7 +555,7 @@ def test_going_on_in_a_new_order_when_asked_for(tiny, tmp_path, monkeypatch, own
     before = order_for("stage1_align", tiny, runs, **more)
     stopped_run(tiny, runs, monkeypatch, 2, **more)
     old = planned(before, 3)
-    saved = torch.load(before.folder / "checkpoints/last.ckpt", weights_only=True)
+    saved = checkpoint.read(before.folder / "checkpoints/last.ckpt")
     more |= change(tmp_path)
     with pytest.raises(ConfigError, match=refusal):
         run_stage("stage1_align", tiny, runs, **more)
@@ -553,19 +564,19 @@ def test_going_on_in_a_new_order_when_asked_for(tiny, tmp_path, monkeypatch, own
 
     def watched(self, batch, batch_idx):
         if not seen:
-            state = self.optimizers().optimizer.state_dict()["state"]
-            seen.append((batch.step, {n: t.clone() for n, t in self.state_dict().items()}, dict(state)))
+            state = checkpoint.optimizer_state(self.model, self.optimizers().optimizer)["state"]
+            seen.append((batch.step, {n: t.clone() for n, t in checkpoint.learned(self.model).items()}))
             assert {int(s["step"]) for s in state.values()} == {3}
-            assert state.keys() == saved["optimizer_states"][0]["state"].keys()
+            assert state.keys() == saved["optimizer"]["state"].keys()
         training_step(self, batch, batch_idx)
 
     with monkeypatch.context() as patch:
         patch.setattr(StageModule, "training_step", watched)
         stopped_run(tiny, runs, patch, 5, **more, data__on_change="restart_plan")
-    step, weights, _ = seen[0]
+    step, weights = seen[0]
     assert step == 3
-    assert weights.keys() == saved["state_dict"].keys()
-    assert all(torch.equal(weights[n], t) for n, t in saved["state_dict"].items())
+    assert weights.keys() == saved["learned"].keys()
+    assert all(torch.equal(weights[n], t) for n, t in saved["learned"].items())
     order = order_for("stage1_align", tiny, runs, **more)
     folder = run_stage("stage1_align", tiny, runs, **more)  # the new order is now the run's own
     assert ledger_rows(folder) == planned(order, 8, restart=3)
@@ -635,12 +646,12 @@ def test_what_happens_to_a_run_stands_in_events_once(tiny, tmp_path, monkeypatch
     assert happened(folder) == [(0, "start"), (2, "checkpoint"), (2, "stop")]
     saved, seen = StageModule.save, []
 
-    def dies_while_saving(self):
+    def dies_while_saving(self, **more):
         if self.done == 6:
             seen.extend(happened(folder))
-            add_event(folder, {"step": 6, "event": "checkpoint", "seconds": 1})
+            add_event(folder, {"step": 6, "event": "checkpoint", "seconds": 1, "waited": 0, "bytes": 1, "best": False})
             raise MemoryError
-        saved(self)
+        saved(self, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(StageModule, "save", dies_while_saving)
