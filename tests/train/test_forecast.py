@@ -129,9 +129,9 @@ def test_shards_are_what_chunks_of_the_tensors_are(name, parts):
 
 
 def flops_are_those_of_the_packs(stage: config.Stage, monkeypatch, steps: int) -> None:
+    lm, data = real(stage), read_data(stage, make=True)
     mix, corpora, indexed = known(stage)
     assert indexed == len(corpora)
-    lm, data = real(stage), read_data(stage, make=False)
     useful = forecast.useful(cost(footprint.shaped(stage)), forecast.course(stage, mix, corpora, "report"))
     loader = train_loader(
         data.planner(stage.run.seed), data.corpora, data.chat, steps, rank=0, world=1, workers=0, prefetch=1
@@ -167,9 +167,10 @@ def test_flops_at_small_are_those_of_real_packs(monkeypatch):
 @pytest.mark.parametrize("stage", STAGES)
 def test_fill_at_mini_is_that_of_the_whole_plan(stage):
     asked = stage_of(stage, "mini")
-    mix, corpora, _ = known(asked)
+    data = read_data(asked, make=True)
+    mix, corpora, indexed = known(asked)
+    assert indexed == len(corpora)
     at = forecast.course(asked, mix, corpora, "report")
-    data = read_data(asked, make=False)
     assert (at.shape, at.steps) == (data.budget, data.course.steps)
     steps = itertools.islice(data.planner(asked.run.seed), data.course.steps)
     packs = [pack for step in steps for pack in step.packs]
@@ -220,6 +221,9 @@ def test_padding_of_random_batches_by_hand():
     assert (found.slots, found.frames) == (1 - 100 / 160, 0.0)
     assert found.mean == found.slowest > 1.3
     assert at.fill == (1.0, 1.0)
+    c, half = cost(tiny_lm()), forecast.Course("report", Budget(200, 40, 1), 1, rows, 1)
+    assert forecast.computed(c, half) - sum(forecast.useful(c, half).values()) == 100 * c.slot + 20 * c.frame
+    assert forecast.computed(c, at) == sum(forecast.useful(c, at).values())
 
 
 # -- the page ----------------------------------------------------------------------------------------------------------
