@@ -26,6 +26,7 @@ SUITE  ?=
 ONLY   ?=
 FOR    ?=
 PORT   ?=
+TASKS  ?=
 
 PY     := .venv/bin/python
 SMALL   = $(filter mini generated small,$(SCALE))
@@ -39,7 +40,7 @@ ASKED   = $(if $(TASK),--task "$(TASK)") $(if $(PROMPT),--prompt "$(PROMPT)") $(
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data prepare check-data index finetune stage1 stage2 stage3 stages curves report watch peek audit bisect chat evaluate export forecast keys bench test test-browser lint
+.PHONY: help setup data prepare check-data preflight index finetune stage1 stage2 stage3 stages curves report watch peek audit bisect chat probe evaluate export forecast keys bench test test-browser lint
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -94,6 +95,10 @@ prepare: setup  ## from DATA (.csv, .tsv, .jsonl, a dataset, cuts, tars) to shar
 check-data: setup  ## before training: open every shard with the training code, plan ahead, name what is wrong
 	@$(PY) -m stages.check_data --scale "$(SCALE)" --runs "$(RUNS)" $(if $(CONFIG),--config "$(CONFIG)") $(SET)
 
+preflight: setup  ## all that a stage's start checks, without training, as far as this machine allows (CONFIG= for one)
+	@$(PY) -m stages.preflight --scale "$(SCALE)" --runs "$(RUNS)" $(if $(CONFIG),--config "$(CONFIG)") \
+	  $(if $(NAME),--name "$(NAME)") $(if $(FROM),--from "$(FROM)") $(if $(FRESH),--fresh) $(SET)
+
 peek: setup  ## one pack as the model sees it, and whether its mask is right (CONFIG= or NAME=, STEP= PACK= KEY= TO=x.html)
 	@$(PY) -m stages.peek --scale "$(SCALE)" --runs "$(RUNS)" $(if $(CONFIG),--config "$(CONFIG)") \
 	  $(if $(NAME),--name "$(NAME)") $(if $(STEP),--step $(STEP)) $(if $(PACK),--pack $(PACK)) \
@@ -112,6 +117,10 @@ chat: setup  ## ask a trained model: AUDIO=x.wav (or several) PROMPT="..."; with
 	@[ -n "$(AUDIO)" ] || { echo 'error: say what to listen to: make chat AUDIO=x.wav PROMPT="What is heard?"'; exit 2; }
 	@$(PY) -m stages.chat --scale "$(SCALE)" --runs "$(RUNS)" $(if $(NAME),--name "$(NAME)") \
 	  $(if $(PROMPT),--prompt "$(PROMPT)") --audio $(AUDIO) -- $(SET)
+
+probe: setup  ## what the encoders of runs NAME=a,b tell of clips, beside the ones they started from (TASKS=labels.yaml)
+	@[ -n "$(NAME)" ] || { echo "error: say which runs: make probe NAME=stage1_align"; exit 2; }
+	@$(PY) -m stages.probe --scale "$(SCALE)" --runs "$(RUNS)" --name "$(NAME)" $(if $(TASKS),--tasks "$(TASKS)")
 
 evaluate: setup  ## run NAME on SUITE=mini|report|aero -> answers and a table (ONLY=score; FOR=lmms-eval|mecat|vllm)
 	@$(PY) -m stages.evaluate --scale "$(SCALE)" --runs "$(RUNS)" $(if $(NAME),--name "$(NAME)") \

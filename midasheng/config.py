@@ -82,6 +82,12 @@ class Data:
     )
     val_clips: int = key(64, "held-out records per corpus that are validated on", free=True)
     also: list[str] = key([], "other mixes to look at, at the start and at the end: their held-out records", free=True)
+    probe: str = key(
+        "",
+        "file of labels that the encoder's mean frames are probed for at the end, beside the encoder it started from; "
+        "empty: none",
+        free=True,
+    )
     answers: int = key(0, "held-out clips per closed question that are answered at the end; 0: none", free=True)
 
 
@@ -179,6 +185,13 @@ class Tokenizer:
     audio_bos: str = key("<|audio_bos|>", "token before the audio slots (a map for decoders that lack it)")
     audio: str = key("<|AUDIO|>", "token of an audio slot; its embedding is never used")
     audio_eos: str = key("<|audio_eos|>", "token after the audio slots")
+    turn_start: str = key("<|im_start|>", "special token before each turn's role (a map for decoders without ChatML)")
+    turn_end: str = key("<|im_end|>", "special token that ends a turn; answers end with it")
+    add: list[str] = key(
+        [],
+        "special tokens to add, those above that the tokenizer lacks: tables get rows for them with the mean of all "
+        "others, and where a table is frozen these rows alone learn",
+    )
 
 
 @dataclass
@@ -518,6 +531,15 @@ def _check_values(stage: Stage) -> None:
     )
     require(gib >= 0, f"hardware.memory_gib: {gib}; write GiB of memory, or 0 for what the GPU has")
     require(stage.batch.packs_per_step > 0, f"batch.packs_per_step: {stage.batch.packs_per_step}; at least 1")
+    t = stage.tokenizer
+    five = (t.audio_bos, t.audio, t.audio_eos, t.turn_start, t.turn_end)
+    require(len(set(five)) == len(five), f"tokenizer: {', '.join(five)}: each needs a token of its own")
+    for token in t.add:
+        require(
+            token in five and t.add.count(token) == 1,
+            f"tokenizer.add: {token!r} must be there once and be one of tokenizer.audio_bos, audio, audio_eos, "
+            "turn_start and turn_end",
+        )
     require(len(stage.optim.betas) == 2, f"optim.betas: {stage.optim.betas}; two numbers")
     require(min(stage.log.every, stage.log.val_every, stage.log.checkpoint_every) > 0, "log.*: steps are at least 1")
     optim = stage.optim

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
 import threading
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -24,6 +27,9 @@ from midasheng.train import shard_files
 from midasheng.train.optim import state_bytes
 
 LAST, BEST = "last.ckpt", "best.ckpt"
+# the disk, a quota or a limit lets no more be written
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+AGAIN = "Make room, or mend what is in the way, and give the same command again"
 FORMAT = 2  # 1 held all weights, frozen ones too, and bore no number
 
 
@@ -45,7 +51,7 @@ def learned(model: AudioLM, *, parameters: bool = True) -> dict[str, Tensor]:
 def base_digests(model: AudioLM) -> dict[str, str]:
     """Part -> hash of its tensors that a checkpoint does not hold: they come from `start` again, and must be equal."""
     held = {n.replace(".base_layer.", ".") for n in learned(model)}
-    return part_digests({n: t for n, t in adapt.base_state(model).items() if n not in held})
+    return part_digests({n: t for n, t in adapt.base_state(model, rows=False).items() if n not in held})
 
 
 def _names(model: AudioLM, optimizer: torch.optim.Optimizer) -> list[list[str]]:
@@ -222,7 +228,7 @@ class Writer:
 
     `beside`: files that a resume goes on with; they are brought to the disk before the checkpoint takes its place, so
     none of them is behind it. An error of the writing thread reaches the run at its next step, the next checkpoint or
-    its end, as a CheckpointError.
+    its end, as a CheckpointError; so does a disk that takes nothing more of any other file of the run.
     """
 
     def __init__(self, folder: Path, beside: Sequence[Path], whole: int | None) -> None:
@@ -234,10 +240,14 @@ class Writer:
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         self._join()
-        if kind is None:
+        if error is None:
             self.check()
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise CheckpointError(
+                f"{error.filename or self.folder.parent}: {error.strerror}; {self.former}. {AGAIN}"
+            ) from error
 
     def write(self, content: dict[str, Any], names: Sequence[str], written: Callable[[int], None]) -> None:
         """Begin to write `content`, which nobody may change any more; `written` is called with its bytes when it is in
@@ -256,6 +266,11 @@ class Writer:
         if self.failed is not None:
             raise self.failed
 
+    @property
+    def former(self) -> str:
+        """What a resume finds, for a message."""
+        return f"{self.folder / LAST} of step {self.whole} is whole" if self.whole is not None else "no checkpoint yet"
+
     def _join(self) -> None:
         if self.thread is not None:
             self.thread.join()
@@ -271,14 +286,21 @@ class Writer:
             self.whole = step
             written(size)
         except Exception as error:  # whatever it is, it must reach the run
-            former = (
-                f"{self.folder / LAST} of step {self.whole} is whole" if self.whole is not None else "there is none yet"
-            )
             self.failed = CheckpointError(
-                f"the checkpoint of step {step} could not be written to {self.folder}: {error}; {former}. Mend what is "
-                "in the way and give the same command again"
+                f"the checkpoint of step {step} could not be written to {self.folder}: {error}; {self.former}. {AGAIN}"
             )
             self.failed.__cause__ = error
+
+
+@contextmanager
+def handing_off(weights: Path) -> Iterator[None]:
+    """Around the writing of weights/: a full disk is a CheckpointError, and half of them is taken away."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(weights.with_name(weights.name + ".part"), ignore_errors=True)
+        last = weights.parent / "checkpoints" / LAST
+        raise CheckpointError(f"{weights} could not be written: {error}; {last} is whole. {AGAIN}") from error
 
 
 # -- before step 0 -----------------------------------------------------------------------------------------------------

@@ -26,8 +26,10 @@ from midasheng.data.loader import first_clips, keep_freed_memory, train_loader
 from midasheng.data.plan import Planner, differences
 from midasheng.data.quarantine import FILE, quarantined, records
 from midasheng.data.room import DataRoom, open_data, plan_data
+from midasheng.evaluate import probe
 from midasheng.model import adapt, attention, kernels, loss, weights
 from midasheng.model.audio_lm import AudioLM
+from midasheng.model.decoder import with_vocabulary
 from midasheng.model.encoder import EncoderShape
 from midasheng.model.sources import WeightsError, check_learned, check_stage, open_source
 from midasheng.sample import counter_seed
@@ -80,18 +82,22 @@ def open_starts(order: Order) -> list[weights.Start]:
     return starts
 
 
-def build(order: Order, starts: Sequence[weights.Start]) -> tuple[AudioLM, str, adapt.LoraPlan | None]:
+def build(
+    order: Order, starts: Sequence[weights.Start], added: range = range(0)
+) -> tuple[AudioLM, str, adapt.LoraPlan | None]:
     """The model with its start weights, LoRA and precision, and the text that says what came from where and what
-    learns. Raises UserError."""
+    learns. `added`: ids that tokenizer.add gave the tokenizer. Raises UserError."""
     stage = order.stage
     e, d = stage.model.encoder, stage.model.decoder
     torch.manual_seed(counter_seed(stage.run.seed, "fresh", stage.name) % 2**63)
     shape = EncoderShape(e.dim, e.depth, e.heads)
-    model = AudioLM(shape, d.architecture, d.fields, weights.loaded_parts(starts, stage.fresh))
+    fields = with_vocabulary(d.architecture, d.fields, added.stop) if added else d.fields
+    model = AudioLM(shape, d.architecture, fields, weights.loaded_parts(starts, stage.fresh))
     adapt.freeze_all_but(model, stage.train)
     origins = weights.load(
-        model, starts, stage.fresh, merge_lora=stage.lora.inherit == "merge", precision=stage.run.precision
-    )
+        model, starts, stage.fresh, merge_lora=stage.lora.inherit == "merge", precision=stage.run.precision,
+        added=added,
+    )  # fmt: skip
     plan, adapted = None, {}
     if stage.lora.targets:
         plan = adapt.LoraPlan(tuple(stage.lora.targets), stage.lora.rank, stage.lora.alpha, stage.lora.dropout)
@@ -100,6 +106,7 @@ def build(order: Order, starts: Sequence[weights.Start]) -> tuple[AudioLM, str, 
     if stage.lora.inherit == "carry":
         whole = [s for s in starts if adapt.matches("decoder.model.layers.0.self_attn.q_proj.weight", s.take)]
         carried = sum(weights.carry_lora(model, s.source, plan) for s in whole)
+    model.decoder.learn_rows(added)
     optim.groups(model.named_parameters(), stage.optim)  # so that a wrong lr_for is an error before anything is written
     model.recompute(stage.hardware.recompute)
     if stage.hardware.liger:
@@ -117,9 +124,9 @@ def build(order: Order, starts: Sequence[weights.Start]) -> tuple[AudioLM, str, 
     return model, "\n".join(lines) + "\n\n" + table + "\n", plan
 
 
-def measurable(order: Order, starts: Sequence[weights.Start]) -> AudioLM:
+def measurable(order: Order, starts: Sequence[weights.Start], added: range) -> AudioLM:
     """The model, to try packs with on one device before step 0. Raises ConfigError where ranks will share it."""
-    model = build(order, starts)[0]
+    model = build(order, starts, added)[0]
     if sharded.chosen(order.stage.hardware, model) == FSDP:
         raise ConfigError(
             f"batch.pack_slots={AUTO}: packs are tried on one device, and here ranks share the model (fsdp); write a "
@@ -227,7 +234,7 @@ def fit(order: Order) -> None:
     sources = open_data(order.stage, make=first)
     for start in starts:
         weights.check_tokenizer(start, sources.chat.fingerprint())
-    order = memory.pack_slots(order, sources, lambda: measurable(order, starts))
+    order = memory.pack_slots(order, sources, lambda: measurable(order, starts, sources.chat.added))
     stage = order.stage
     data = plan_data(stage, sources)
     planner = data.planner(stage.run.seed)
@@ -237,11 +244,16 @@ def fit(order: Order) -> None:
     if state == "finished":
         print(f"{folder} is finished (NAME=... for another run, FRESH=1 to train it again)")
         return
-    model, table, plan = build(order, starts)
+    model, table, plan = build(order, starts, sources.chat.added)
     kind = sharded.chosen(stage.hardware, model)
     measured = [] if kind == FSDP else memory.check(order, model, sources, data.budget)
     lines = [*sharded.lines(kind, stage.hardware), *measured, checkpoint.check_room(folder, model, stage)]
     text = header(order, data, kernels, lines) + "\n" + table
+    if stage.data.probe:  # so that a mistake in it is found now
+        try:
+            probe.read_tasks(Path(stage.data.probe), Path(stage.data.root))
+        except UserError as error:
+            raise ConfigError(f"data.probe: {error}; or write data.probe='' for none") from None
     if first:
         print(text)
         if order.fresh:
@@ -327,12 +339,15 @@ def train(
             "tokenizer": data.chat.fingerprint(), "skipped": module.ledger.summary(),
             "steps_skipped": module.skips.total, "seconds": round(module.seconds, 1),
         }  # fmt: skip
-        weights.hand_off(
-            model, folder / "weights", record, plan, start_digests=module.start_digests,
-            audio_ids=data.chat.audio_ids, save_tokenizer=data.chat.save, gather=sharded.gather,
-        )  # fmt: skip
+        with checkpoint.handing_off(folder / "weights"):
+            weights.hand_off(
+                model, folder / "weights", record, plan, start_digests=module.start_digests,
+                token_ids=data.chat.token_ids, save_tokenizer=data.chat.save, gather=sharded.gather,
+            )  # fmt: skip
         add_event(folder, {"step": module.done, "event": "handed off"})
         print("\n".join([*ending(folder), f"skipped: {module.ledger.summary()}; weights in {folder / 'weights'}"]))
+        if stage.data.probe:
+            print(probe.of_runs([folder], *probe.read_tasks(Path(stage.data.probe), Path(stage.data.root))))
     elif kind == FSDP:
         for tensor in weights.handed_off(model):
             sharded.gather(tensor)

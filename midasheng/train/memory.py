@@ -303,12 +303,18 @@ def pack_slots(order: Order, sources: Sources, build: Callable[[], AudioLM]) -> 
 
 
 def check(order: Order, lm: AudioLM, sources: Sources, shape: Budget) -> list[str]:
-    """Fit, compare, run the worst pack: lines for the header of the run, none where the memory is not known. Raises
-    UserError where a step of this run does not fit."""
+    """Fit, compare, run the worst pack: lines for the header of the run. Where the memory is not known the worst pack
+    is run all the same: what fails in it fails before step 0. Raises UserError where a step of this run does not fit.
+    """
     stage = order.stage
     limit = allowed(stage, device_of(stage))
     if not limit:
-        return []
+        with measured(lm, order, sources, shape) as memory:
+            took = memory.worst(shape)
+        return [
+            f"  memory: a step takes {took / GIB:.4g} GiB with the worst pack, which was run once, of it "
+            f"{memory.state / GIB:.4g} state; how much there is is not known (hardware.memory_gib)"
+        ]
     with measured(lm, order, sources, shape) as memory:
         fit = memory.fit(shape)
         needs = memory.needs(fit, shape)

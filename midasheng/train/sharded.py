@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from midasheng.config import AUTO, DDP, FSDP, ConfigError, Hardware
+from midasheng.model.adapt import ADDED
 from midasheng.model.audio_lm import AudioLM
 from midasheng.train.adam8bit import local
 
@@ -40,6 +41,11 @@ def chosen(hardware: Hardware, model: nn.Module) -> str:
         raise ConfigError(f"hardware.shard: {hardware.shard} does not divide {world} processes; write a divisor, or 0")
     if hardware.compile:
         raise ConfigError("hardware.compile: compiled blocks under FSDP2 were never run; write hardware.compile=false")
+    if any(name.startswith(ADDED) for name, _ in model.named_parameters()):
+        raise ConfigError(
+            "tokenizer.add: rows that learn in a frozen table are not shared over ranks; write hardware.strategy=ddp, "
+            "or name reserved tokens instead"
+        )
     return FSDP
 
 

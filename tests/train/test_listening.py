@@ -544,6 +544,7 @@ def test_the_first_try_of_a_killed_run_leaves_no_text_only_behind(tiny, whole, t
     (folder / "text_only.json").write_text('{"losses": {}, "answers": {}}')
     told("stage1_align", tiny, tmp_path, **LOOK)
     assert (folder / "text_only.json").read_text() == (whole[0] / "text_only.json").read_text()
+    assert without_seconds(folder / "answers.jsonl") == without_seconds(whole[0] / "answers.jsonl")
 
 
 def test_measuring_changes_nothing_in_the_training(tiny, whole, tmp_path, monkeypatch):
