@@ -40,7 +40,7 @@ ASKED   = $(if $(TASK),--task "$(TASK)") $(if $(PROMPT),--prompt "$(PROMPT)") $(
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data prepare check-data preflight index finetune stage1 stage2 stage3 stages curves report watch peek audit bisect chat probe evaluate export keys bench test test-browser lint
+.PHONY: help setup data prepare check-data preflight index finetune stage1 stage2 stage3 stages curves report watch peek audit bisect chat probe evaluate export forecast keys bench test test-browser lint
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -140,6 +140,9 @@ export: setup  ## run NAME -> TO, proved equal: FORMAT=hf (LoRA merged), base or
 	@[ -n "$(NAME)" ] && [ -n "$(TO)" ] || { echo "error: say which run, and where to: make export NAME=stage3_sft TO=dir"; exit 2; }
 	@$(PY) -m stages.export --scale "$(SCALE)" --runs "$(RUNS)" --name "$(NAME)" --to "$(TO)" --format "$(FORMAT)" \
 	  --dtype "$(DTYPE)" $(if $(TARGET),--target "$(TARGET)") $(if $(FRESH),--fresh)
+
+forecast: setup  ## what the stages will cost at SCALE: steps, fill, memory by part, GPU-hours; no weights, GPU or data
+	@HF_HUB_OFFLINE=1 $(PY) -W ignore -m stages.forecast --scale "$(SCALE)" $(if $(CONFIG),--config "$(CONFIG)") $(SET)
 
 keys: setup  ## every config key with its default and its sentence
 	@$(PY) -m stages.keys

@@ -257,6 +257,37 @@ class Log:
 
 
 @dataclass
+class Forecast:
+    """What `make forecast` assumes; nothing that trains reads it."""
+
+    gpus: int = key(0, "GPUs of the run; 0: hardware.devices x hardware.nodes", free=True)
+    device: str = key("H100 SXM, 80 GB", "what a GPU is called in a forecast", free=True)
+    memory_gib: float = key(80.0, "its memory; packs may take 90 % of it", free=True)
+    peak_tflops: float = key(989.0, "its dense peak in the run's precision (data sheet), TFLOP/s", free=True)
+    mfu: float = key(
+        0.40, "share of the peak at which arithmetic runs, padding's included (NeMo Automodel publishes .43)", free=True
+    )
+    host_us: float = key(8.0, "microseconds of the host for each operation that it starts", free=True)
+    memory_gb_s: float = key(3350.0, "bandwidth of a GPU's memory, GB/s (data sheet)", free=True)
+    gpus_per_node: int = key(8, "GPUs that a fast link joins; FSDP2 shards inside a node", free=True)
+    link_gb_s: float = key(350.0, "of a GPU to those of its node, each way, GB/s as reached (NVLink: 450)", free=True)
+    network_gb_s: float = key(40.0, "of a GPU to other nodes, each way, GB/s as reached (400 Gbit/s: 50)", free=True)
+    clip_share: list[float] = key(
+        [.2775, .1261, .1358, .1194, .1006, .0772, .0528, .0330, .0206, .0139, .0096, .0071, .0057, .0052, .0051,
+         .0047, .0023, .0013, .0010, .0008, .0001, .0001],
+        "share of clips by length, one number a second from 0 s, where no index says (report, Figure 3)", free=True,
+    )  # fmt: skip
+    clip_s: dict[str, float] = key(
+        {"acavcaps": 10.0}, "corpora (names or globs) whose clips all have one length, in seconds", free=True
+    )
+    prompt_slots: int = key(22, "slots of template and prompt of a sample where no index says", free=True)
+    answer_slots: int = key(22, "slots of an answer, mean, where no index says", free=True)
+    bytes_per_audio_s: float = key(16_000.0, "of stored audio (FLAC, 16 kHz) where no index says", free=True)
+    decode_ms: float = key(0.36, "one core, a second of stored audio (FLAC: 3.6 ms for 10 s)", free=True)
+    sample_ms: float = key(0.19, "one core, a sample beside its audio: reading, text, plan, place in a pack", free=True)
+
+
+@dataclass
 class Stage:
     """One stage of training, whole. Everything a run depends on is in here, in the data and in the start weights."""
 
@@ -274,6 +305,7 @@ class Stage:
     tokenizer: Tokenizer = section(Tokenizer, "tokenizer")
     hardware: Hardware = section(Hardware, "where it runs")
     log: Log = section(Log, "what is written how often")
+    forecast: Forecast = section(Forecast, "what `make forecast` assumes")
 
 
 DASHENG = {768: "dasheng_base.pt", 1280: "dasheng_06b.pt", 1536: "dasheng_12b.pt"}  # its files by encoder width
@@ -329,7 +361,7 @@ def schema(cls: type = Stage, prefix: str = "") -> dict[str, dataclasses.Field[A
     return out
 
 
-OPEN = {"optim.lr_for", "model.decoder.fields"}  # dictionaries whose keys are the user's
+OPEN = {"optim.lr_for", "model.decoder.fields", "forecast.clip_s"}  # dictionaries whose keys are the user's
 
 
 def _read(path: Path) -> dict[str, Any]:
