@@ -590,7 +590,9 @@ def test_a_stage_that_listens_passes(tiny, chat, tmp_path, monkeypatch):
     card = read_mix("align", tiny.manifests).cards[0]
     index = open_index(card, tiny.shards, chat)
     own = {r.key: r.n_samples for r in (*training_records(index), *index.held_out)}
-    monkeypatch.setattr(AudioLM, "forward", forward_that(lambda key, clip: 0 if clip == own.get(key) else 2 if clip else 5))
+    monkeypatch.setattr(
+        AudioLM, "forward", forward_that(lambda key, clip: 0 if clip == own.get(key) else 2 if clip else 5)
+    )
     folder, out = told("stage1_align", tiny, tmp_path)
     assert "WARNING" not in out
     last = read_metrics(folder / "metrics.jsonl")[-1]
