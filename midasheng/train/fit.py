@@ -178,6 +178,15 @@ def verified(stage: Stage) -> str:
     )
 
 
+def course(stage: Stage, data: DataRoom) -> str:
+    """How long, in what packs, how fast it learns: a line."""
+    b, c = data.budget, data.course
+    return (
+        f"{c.steps} steps ({c.warmup} of warm-up), {b.packs_per_step} packs a step of {b.pack_slots} slots and "
+        f"{b.pack_frames} frames; {stage.optim.name}, lr {stage.optim.lr:g}, {stage.run.precision}"
+    )
+
+
 def header(order: Order, data: DataRoom, kernels: str, memory_lines: Sequence[str]) -> str:
     """What this run is, for the terminal and the run folder."""
     b, stage = data.budget, order.stage
@@ -188,11 +197,7 @@ def header(order: Order, data: DataRoom, kernels: str, memory_lines: Sequence[st
             f"  {corpus.card.name:24}{percent:6.1f} %{len(corpus):8} records{corpus.summary.hours:8.2f} h"
             f"{sum(r.held_out for r in corpus.rows):6} held out; left out: {left_out}"
         )
-    lines.append(
-        f"  {data.course.steps} steps ({data.course.warmup} of warm-up), {b.packs_per_step} packs a step of "
-        f"{b.pack_slots} slots and {b.pack_frames} frames; {stage.optim.name}, lr {stage.optim.lr:g}, "
-        f"{stage.run.precision}"
-    )
+    lines.append(f"  {course(stage, data)}")
     if b.lead is not None:
         lines.append(f"  {shared(b.lead_slots, data.corpora)}")
     few, asked = len(data.held_out[0].open(stage.log.answers)), len(data.held_out[0].asked)

@@ -65,8 +65,10 @@ def trains(stage: Stage, part: str) -> bool:
 
 
 def is_first() -> bool:
-    """Is this the process that writes? Lightning starts the others with LOCAL_RANK set."""
-    return int(os.environ.get("LOCAL_RANK", "0")) == 0 and int(os.environ.get("NODE_RANK", "0")) == 0
+    """Is this the process that writes? Lightning starts the others with LOCAL_RANK set, and knows a node as NODE_RANK;
+    torchrun as GROUP_RANK: by LOCAL_RANK alone each node would have a writer."""
+    ranks = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
+    return all(int(os.environ.get(name, "0")) == 0 for name in ranks)
 
 
 def check_run_folder(order: Order, inputs: dict[str, Any]) -> str:

@@ -103,7 +103,10 @@ def preflight(order: Order) -> Preflight:
             )  # fmt: skip
     model = shape = None
     if starts is not None:
-        built = found.checked("what learns", lambda: fit.build(order, starts), lambda b: b[1].split("\n\n")[1].strip())
+        added = sources.chat.added if sources else range(0)
+        built = found.checked(
+            "what learns", lambda: fit.build(order, starts, added), lambda b: b[1].split("\n\n")[1].strip()
+        )
         model = shape = built[0] if built else None
     else:
         made = found.checked("what learns", lambda: skeleton(stage), lambda m: m[1].strip())
@@ -121,7 +124,7 @@ def preflight(order: Order) -> Preflight:
         found.add("largest pack", UNKNOWN, f"{why}: so neither memory nor a dry forward and backward")
     world = stage.hardware.devices * stage.hardware.nodes
     if world > 1:
-        found.add("ranks alike", UNKNOWN, f"one process here; all {world} compare config, code, index when they start")
+        found.add("ranks alike", UNKNOWN, f"one process here; all {world} compare the order of data in every step")
     return found
 
 
@@ -150,18 +153,12 @@ def _plan(found: Preflight, order: Order, sources: Sources | None, starts: list[
 
 
 def _course(stage: Stage, data: DataRoom) -> str:
-    b, c = data.budget, data.course
-    head = (
-        f"{c.steps} steps ({c.warmup} of warm-up), {b.packs_per_step} packs a step of {b.pack_slots} slots and "
-        f"{b.pack_frames} frames; {stage.optim.name}, lr {stage.optim.lr:g}, {stage.run.precision}"
-    )
     rows = [
         f"{corpus.card.name:24}{percent:6.1f} %{len(corpus):9} records{corpus.summary.hours:9.2f} h"
         for corpus, percent in zip(data.corpora, data.mix.percent, strict=True)
     ]
-    return "\n".join(
-        [head, *rows[:12], *([f"and {len(rows) - 12} corpora more"] if len(rows) > 12 else []), *data.notes]
-    )
+    more = [f"and {len(rows) - CORPORA} corpora more"] if len(rows) > CORPORA else []
+    return "\n".join([fit.course(stage, data), *rows[:CORPORA], *more, *data.notes])
 
 
 def _state(state: str) -> str:
