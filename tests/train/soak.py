@@ -130,13 +130,14 @@ def killed(
     """A run that goes on until step `at` is in its metrics, and a moment more; then a rank, or all (None), get -9.
     `at` 0: it is killed while it starts."""
     metrics = runs / RUN / "metrics.jsonl"
-    before = metrics.stat().st_ino if metrics.is_file() else -1  # a resume writes another file without the later rows
+    began = time.time_ns()  # a resume writes the file anew, without the later rows; an inode's number may come again
     children, deadline = start(world, log, given), time.monotonic() + LASTS_S
     while at and alive(children) and time.monotonic() < deadline:
-        if metrics.is_file() and metrics.stat().st_ino != before:
-            rows = metrics.read_bytes().split(b"\n")[:-1]
-            if rows and json.loads(rows[-1])["step"] >= at:
-                break
+        with contextlib.suppress(FileNotFoundError):  # a run that begins anew takes the old one away
+            if metrics.stat().st_mtime_ns > began:
+                rows = metrics.read_bytes().split(b"\n")[:-1]
+                if rows and json.loads(rows[-1])["step"] >= at:
+                    break
         time.sleep(0.002)
     time.sleep(later_s)
     there = alive(children)
