@@ -9,7 +9,7 @@ import shutil
 import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -367,8 +367,9 @@ class Writer:
         rank = next((n for n, text in enumerate(texts) if text), None)
         if rank is None:
             return list(values)
-        if self.waiting is not None and sharded.here()[0] == 0:  # its space may be what is missing
-            shutil.rmtree(self.folder / self.waiting.shards, ignore_errors=True)
+        if sharded.here()[0] == 0:  # the space of what is not named may be what is missing
+            with suppress(Exception):
+                shard_files.forget(self.folder)
         raise CheckpointError(f"rank {rank}: {texts[rank]}" if len(texts) > 1 else texts[rank]) from self.failed
 
     def _name_shards(self) -> None:

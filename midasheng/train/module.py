@@ -227,6 +227,7 @@ class StageModule(L.LightningModule):
             add_event(self.run, {"step": batch.step + 1, "event": "step skipped", **why, "packs": packs})
         self.shown["skipped"] = skips.total
         if skips.too_many:
+            self.writer.wait()
             wrong = [key for pack in packs for key in pack["not_finite"]]
             samples = f"the loss of {', '.join(wrong[:8])} is not finite" if wrong else "each sample's loss is finite"
             raise NotFinite(
