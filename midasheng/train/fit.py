@@ -288,7 +288,7 @@ def train(
         calibrate(model, stage, data)
     stop = StopRequest()
     module = StageModule(
-        model, stage, data.course, [c.card.name for c in data.corpora],
+        model, stage, data.course, [c.card for c in data.corpora],
         ListeningTest(data.held_out, folder, stage.data.answers, stage.log.answers), folder, stop, saved,
     )  # fmt: skip
     told: list[Logger] = []

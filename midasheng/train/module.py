@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from midasheng.config import Stage
 from midasheng.data.ledger import Ledger
 from midasheng.data.loader import StepBatch, steps_ahead
-from midasheng.data.manifest import MixFile
+from midasheng.data.manifest import Card, MixFile
 from midasheng.data.plan import Planner
 from midasheng.data.room import Course
 from midasheng.model import adapt
@@ -30,7 +30,7 @@ from midasheng.model.sources import part_digests
 from midasheng.sample import counter_seed
 from midasheng.train import checkpoint, shard_files, sharded
 from midasheng.train.listening import ListeningTest
-from midasheng.train.meter import Meter, MetricsFile, Speed, add_event, memory_gib
+from midasheng.train.meter import Meter, MetricsFile, Speed, add_event, by_group, memory_gib
 from midasheng.train.optim import clip, learning_rate, optimizer
 from midasheng.train.order import is_first
 from midasheng.train.skips import NotFinite, Skips, references
@@ -70,16 +70,18 @@ class StageModule(L.LightningModule):
     """
 
     def __init__(
-        self, model: AudioLM, stage: Stage, course: Course, corpora: Sequence[str], test: ListeningTest,
+        self, model: AudioLM, stage: Stage, course: Course, cards: Sequence[Card], test: ListeningTest,
         run: Path, stop: StopRequest, saved: dict[str, Any] | None,
     ) -> None:  # fmt: skip
-        """`saved`: the checkpoint that the run goes on from."""
+        """`cards`: of the corpora, in the order of the mix. `saved`: the checkpoint that the run goes on from."""
         super().__init__()
+        corpora = [card.name for card in cards]
         self.automatic_optimization = False
         self.model = model
         self.stage, self.course, self.run = stage, course, run
         self.test, self.stop = test, stop
-        self.meter, self.skips = Meter(corpora), Skips(stage.optim)
+        self.meter = Meter(corpora, sorted({language for card in cards for language in card.languages}))
+        self.tasks, self.skips = {card.name: card.task for card in cards}, Skips(stage.optim)
         self.done = 0
         self.began, self.seconds = time.monotonic(), 0.0  # training up to the last checkpoint, over all resumes
         self.plan_state: dict[str, Any] = {}
@@ -246,7 +248,8 @@ class StageModule(L.LightningModule):
         if self.done % log.every == 0 or last:
             row = self.skips.row(self.meter.row(self._sum_over_ranks))
             self.metrics.add({"step": self.done, "loss": row["loss"], "lr": lr, "grad_norm": norm, **row})
-            self._log({"train/loss": row["loss"], "train/lr": lr, "train/grad_norm": norm})
+            groups = by_group("train", row, self.tasks)
+            self._log({"train/loss": row["loss"], "train/lr": lr, "train/grad_norm": norm}, groups)
             speed = self.speed.row(self._sum_over_ranks) | {"memory_gib": memory_gib(self.device)}
             self.speeds.add({"step": self.done, **speed})
             self._log({f"speed/{name}": value for name, value in speed.items()})
@@ -275,9 +278,10 @@ class StageModule(L.LightningModule):
             shares = dict(zip(self.meter.corpora, found[0], strict=True))
             add_event(self.run, {"step": self.done, "event": "mix", "from_step": from_step, "percent": shares})
 
-    def _log(self, values: dict[str, float]) -> None:
+    def _log(self, values: dict[str, float], groups: dict[str, float] | None = None) -> None:
+        """Tell trackers and the progress line; `groups`: trackers alone."""
         for logger in self.loggers:
-            logger.log_metrics(values, step=self.done)
+            logger.log_metrics(values | (groups or {}), step=self.done)
         too_much = ("lr", "grad_norm", "seconds", "memory_gib")  # for one line
         self.shown |= {name: v for k, v in values.items() if (name := k.split("/")[1]) not in too_much}
 
@@ -301,7 +305,8 @@ class StageModule(L.LightningModule):
         took = {"validation_s": round(ended - began, 3), "answers_s": round(ended - looked, 3)}
         self.speeds.add({"step": self.done, **took})
         heard = {"val/listening": row["listening"]["difference"]} if row.get("listening") else {}
-        self._log({"val/val_loss": row["val_loss"], **heard, **{f"val/{name}": s for name, s in took.items()}})
+        values = {"val/val_loss": row["val_loss"], **heard, **{f"val/{name}": s for name, s in took.items()}}
+        self._log(values, by_group("val", row, self.tasks))
         best = self.done > 0 and row["val_loss"] < (self.best["val_loss"] if self.best else math.inf)
         if best:
             self.best = {"step": self.done, "val_loss": row["val_loss"]}
@@ -329,7 +334,8 @@ class StageModule(L.LightningModule):
         mine = shard_files.mine(self.model, optimizer) if shared else None
         content: dict[str, Any] = {
             "format": checkpoint.FORMAT, "step": self.done, "plan": self.plan_state, "sums": sums,
-            "corpora": list(self.meter.corpora), "seconds": self.seconds, "world": self.trainer.world_size,
+            "corpora": list(self.meter.corpora), "languages": list(self.meter.languages),
+            "seconds": self.seconds, "world": self.trainer.world_size,
             "start_digests": self.start_digests, "base": self.base, "best": self.best,
             "skips": self.skips.state(), "shards": {},
         }  # fmt: skip
@@ -360,7 +366,7 @@ class StageModule(L.LightningModule):
         self.skips.restore(saved["skips"])
         # the sums were reduced: one rank carries them on; with other corpora (a restarted plan) they begin again
         if is_first() and saved["corpora"] == list(self.meter.corpora):
-            self.meter.sums = saved["sums"].clone()
+            self.meter.go_on(saved["sums"], saved.get("languages", ()))
 
     def restore_rest(self) -> None:
         """Take back what could not be read before the optimizer was there, and ranks shared the model; once."""
