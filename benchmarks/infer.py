@@ -31,10 +31,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-import midasheng
 from benchmarks.record import record
 from midasheng import config, frames
 from midasheng.config import UserError
+from midasheng.inference import load
 from midasheng.model import adapt, attention
 from midasheng.model.audio_lm import AudioLM
 from midasheng.model.encoder import EncoderShape
@@ -331,7 +331,7 @@ def bench(a: argparse.Namespace) -> None:
         dtype = "float32" if device.type == "cpu" else "bfloat16"
     torch.set_num_threads(1)
     if a.name:
-        lm = midasheng.load(folder_of(Path(a.runs), a.scale, a.name), str(device), dtype).lm
+        lm = load(folder_of(Path(a.runs), a.scale, a.name), str(device), dtype).lm
     else:
         lm = random_model(a.scale, device, dtype)
     own, limit = size_of([*lm.parameters(), *lm.buffers()]), set_["memory_gib"] * GIB
