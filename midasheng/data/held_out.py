@@ -156,7 +156,7 @@ class HeldOutSet:
         elif clip_of is not None and clip_of.audio:
             clips = [decode(clip_of.audio.read(), clip_of.n_samples)]
         card = self.corpora[asked.corpus].card
-        return conversation(card, record.key, turns, clips, self.chat, answered=answered)
+        return conversation(card, record.key, turns, clips, self.chat, answered=answered, language=record.language)
 
     @property
     def hears(self) -> bool:
