@@ -50,7 +50,7 @@ BEFORE, AFTER = 4, 11  # text slots: <|im_start|>user\n<|audio_bos|>; <|audio_eo
 WEIGHTS, LEAST_GIB = 5, 0.25  # memory of a CPU: a multiple of the weights
 OURS, EVERY, PADDED = "5 Hz", "25 Hz", "25 Hz in 30 s"
 OPTIONS = {
-    "memory_gib": 0.0, "most": 0, "rounds": 3, "device": "auto", "dtype": "auto",
+    "memory_gib": 0.0, "most": 0, "rounds": 3, "dtype": "auto",
 }  # memory_gib 0: see above; `most` samples in a batch, 0: until memory ends  # fmt: skip
 
 
@@ -336,9 +336,7 @@ def settings(given: Sequence[str]) -> dict[str, Any]:
 def bench(a: argparse.Namespace) -> None:
     """Measure, print, write. Raises UserError."""
     set_ = settings(a.settings)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if set_["device"] != "auto":
-        device = torch.device(set_["device"])
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     dtype = set_["dtype"]
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
