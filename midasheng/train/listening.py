@@ -83,6 +83,19 @@ class ListeningTest:
 
     def __init__(self, sets: Sequence[HeldOutSet], run: Path, answers: int, few: int = 0) -> None:
         self.sets, self.run, self.answers, self.few = sets, run, answers, few
+        self._agreed = not answers
+
+    def _agree(self, rank: int) -> None:
+        """Which questions are closed: the first rank reads it, once, and tells the others, for all must ask the same,
+        whatever one of them could not read."""
+        if self._agreed:
+            return
+        told = [[asked.all_choices() for asked in self.sets] if rank == 0 else None]
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast_object_list(told)
+            for asked, choices in zip(self.sets, told[0] or (), strict=True):
+                asked.know(choices)
+        self._agreed = True
 
     def losses(self, model: AudioLM, asked: HeldOutSet, kind: str, rank: int, world: int, reduce: Reduce) -> Tensor:
         """(loss sum, targets) of each asked sample, float64 (A, 2), over all ranks; zeros where it was not asked."""
@@ -98,6 +111,7 @@ class ListeningTest:
     def before(self, model: AudioLM, rank: int, world: int, reduce: Reduce) -> None:
         """The decoder as the stage received it, without LoRA and without clips: what text alone can do."""
         told = {}
+        self._agree(rank)
         with without_lora(model):
             first = self.sets[0]
             if first.hears:
@@ -210,6 +224,7 @@ class ListeningTest:
         """Greedy answers in words, rows of answers.jsonl: of the stage's own mix, at the `end` of all sets. Beside the
         answer the set, corpus and key of its record, and, where it was asked before step 0, what the decoder alone
         said."""
+        self._agree(rank)
         text_only = self._told()["answers"] if end else {}
         rows: list[dict[str, Any]] = []
         for asked in self.sets if end else self.sets[:1]:
