@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -143,27 +143,31 @@ class ListeningTest:
 
     def _row(self, asked: HeldOutSet, own: Tensor, found: dict[str, Tensor]) -> dict[str, Any]:
         loss, targets = own.sum(0).tolist()
-        corpora = {}
-        for number, corpus in enumerate(asked.corpora):
-            mine = torch.tensor([a.corpus == number for a in asked.asked], dtype=torch.bool)
-            corpora[corpus.card.name] = {
-                "loss_sum": float(own[mine, 0].sum()), "targets": int(own[mine, 1].sum()),
-                **{kind: self._paired(asked, own, sums, mine) for kind, sums in found.items()},
-            }  # fmt: skip
+        cards = [corpus.card for corpus in asked.corpora]
+        of = {
+            "corpora": [cards[a.corpus].name for a in asked.asked],
+            "tasks": [cards[a.corpus].task for a in asked.asked],
+            "languages": [a.record.language for a in asked.asked],
+        }  # fmt: skip
+        names = {
+            "corpora": [card.name for card in cards], "tasks": dict.fromkeys(card.task for card in cards),
+            "languages": sorted(set(of["languages"]), key=lambda name: (name == NOT_TOLD, name)),
+        }  # fmt: skip
         whole = torch.ones(len(asked.asked), dtype=torch.bool)
         return {
             "val_loss": loss / max(targets, 1), "targets": int(targets),
-            **{kind: self._paired(asked, own, sums, whole) for kind, sums in found.items()}, "corpora": corpora,
-            "languages": self._by_language(asked, own, found),
+            **{kind: self._paired(asked, own, sums, whole) for kind, sums in found.items()},
+            **{group: self._by(asked, own, found, names[group], of[group]) for group in of},
         }  # fmt: skip
 
-    def _by_language(self, asked: HeldOutSet, own: Tensor, found: dict[str, Tensor]) -> dict[str, Any]:
-        """As `corpora`, of each language; last those of which none is told."""
-        of = [a.record.language for a in asked.asked]
+    def _by(
+        self, asked: HeldOutSet, own: Tensor, found: dict[str, Tensor], names: Iterable[str], of: Sequence[str]
+    ) -> dict[str, Any]:  # fmt: skip
+        """Loss and differences of the samples of each name; `of`: of each sample its name."""
         rows = {}
-        for language in sorted(set(of), key=lambda name: (name == NOT_TOLD, name)):
-            mine = torch.tensor([language == found_in for found_in in of], dtype=torch.bool)
-            rows[language] = {
+        for name in names:
+            mine = torch.tensor([name == its for its in of], dtype=torch.bool)
+            rows[name] = {
                 "loss_sum": float(own[mine, 0].sum()), "targets": int(own[mine, 1].sum()),
                 **{kind: self._paired(asked, own, sums, mine) for kind, sums in found.items()},
             }  # fmt: skip
