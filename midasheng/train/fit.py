@@ -344,10 +344,10 @@ def train(
             "tokenizer": data.chat.fingerprint(), "skipped": module.ledger.summary(),
             "steps_skipped": module.skips.total, "seconds": round(module.seconds, 1),
         }  # fmt: skip
-        with checkpoint.handing_off(folder / "weights"):
+        with checkpoint.handing_off(folder / "weights"), sharded.gathering(weights.handed_off(model)) as gather:
             weights.hand_off(
                 model, folder / "weights", record, plan, start_digests=module.start_digests,
-                token_ids=data.chat.token_ids, save_tokenizer=data.chat.save, gather=sharded.gather,
+                token_ids=data.chat.token_ids, save_tokenizer=data.chat.save, gather=gather,
             )  # fmt: skip
         add_event(folder, {"step": module.done, "event": "handed off"})
         print("\n".join([*ending(folder), f"skipped: {module.ledger.summary()}; weights in {folder / 'weights'}"]))

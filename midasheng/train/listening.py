@@ -206,6 +206,7 @@ class ListeningTest:
             rows.append(Row(
                 _name(asked, a.corpus, a.record.key, a.variant), asked.corpora[a.corpus].card.task, a.question, choices,
                 a.references, output, int(length), FINISHED[int(finish)], round(seconds, 3),
+                f"{asked.corpora[a.corpus].card.name}/{a.record.key}",
             ))  # fmt: skip
         return rows
 

@@ -49,13 +49,16 @@ class StopRequest:
 
 class Read(NamedTuple):
     """What the host learns of a step, all at once: losses of the segments of this rank's packs; and the same on all
-    ranks: the gradient's norm, whether it and all losses are finite, how many want to stop, the sum of plan digests."""
+    ranks: the gradient's norm, whether it and all losses are finite, how many want to stop, the sum of plan digests,
+    how many have written their shards of a checkpoint, how many could not write one."""
 
     losses: list[Tensor]
     norm: float
     finite: bool
     stop: float
     digests: float
+    written: float
+    unwritten: float
 
 
 class StageModule(L.LightningModule):
@@ -133,16 +136,20 @@ class StageModule(L.LightningModule):
             self._validate(ends=True)
         self.left = time.monotonic()
 
+    def on_train_end(self) -> None:
+        """The last checkpoint is in place before the hand-off."""
+        self.writer.wait()
+
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """One optimizer step over this rank's packs. The loss is the sum of token losses over the targets of the whole
         global step: actual counts, summed before the first backward and left on the device until its end."""
         assert batch.step == self.done, f"step {self.done} expected, the loader brought {batch.step}"
         self.speed.waited(time.monotonic() - self.left)
         world, digest = self.trainer.world_size, float(batch.state_after["digest"])
-        counts = [sum(sum(p.targets) for p in batch.packs), float(self.stop.requested), digest]
-        sums_3 = self._reduced(torch.tensor(counts, dtype=torch.float64, device=self.device))
+        counts = [sum(sum(p.targets) for p in batch.packs), float(self.stop.requested), digest, *self.writer.votes]
+        sums_5 = self._reduced(torch.tensor(counts, dtype=torch.float64, device=self.device))
         # DDP takes the mean over ranks: x world makes it the sum
-        scale = world / sums_3[0].clamp(min=1)
+        scale = world / sums_5[0].clamp(min=1)
         adam = self.optimizers()
         assert isinstance(adam, LightningOptimizer)
         rate = learning_rate(self.done, self.course.steps, self.course.warmup, self.stage.optim.final_lr)
@@ -157,7 +164,7 @@ class StageModule(L.LightningModule):
                 self.manual_backward(loss_S.sum() * scale)
             losses.append(loss_S.detach())
         norm = clip(self.model.parameters(), self.stage.optim.clip_norm, self.shards)
-        read = self._read(losses, norm, sums_3)
+        read = self._read(losses, norm, sums_5)
         if read.digests != world * digest:  # CRC32: its multiples are exact in float64
             raise AssertionError(
                 f"step {batch.step}: rank {self.trainer.global_rank} trains on another plan than others"
@@ -171,6 +178,7 @@ class StageModule(L.LightningModule):
             for pack, loss_S in zip(batch.packs, read.losses, strict=True):
                 self.meter.add(pack, loss_S)
         self.done, self.plan_state = batch.step + 1, batch.state_after
+        self.writer.count(read.written, read.unwritten)
         self._after_step(batch, read.norm, self.stage.optim.lr * rate, bool(read.stop))
         self.left = time.monotonic()
 
@@ -195,15 +203,16 @@ class StageModule(L.LightningModule):
             return tensor
         return self._reduced(tensor.to(self.device, copy=True)).cpu()
 
-    def _read(self, losses: Sequence[Tensor], norm: Tensor, sums_3: Tensor) -> Read:
+    def _read(self, losses: Sequence[Tensor], norm: Tensor, sums_5: Tensor) -> Read:
         """Losses, gradient norm and sums over the ranks, read from the device at once: until here the host waited for
         nothing. Whether a step is taken hangs on what is summed over the ranks here: a loss that is infinite on one of
         them may have a gradient that is finite on all."""
         good = torch.stack([norm.isfinite(), *(loss_S.isfinite().all() for loss_S in losses)]).all()
         verdict_2 = self._reduced(torch.stack([norm.double(), (~good).double()]))
-        found = torch.cat([*losses, verdict_2, sums_3[1:]]).cpu()
-        *loss_rows, (norms, bad, stop, digests) = found.split([*(len(loss_S) for loss_S in losses), 4])
-        return Read(loss_rows, float(norms) / self.trainer.world_size, float(bad) == 0, float(stop), float(digests))
+        found = torch.cat([*losses, verdict_2, sums_5[1:]]).cpu()
+        *loss_rows, sums_6 = found.split([*(len(loss_S) for loss_S in losses), 6])
+        norms, bad, *others = sums_6.tolist()
+        return Read(loss_rows, norms / self.trainer.world_size, bad == 0, *others)
 
     def _not_taken(self, batch: StepBatch, read: Read, because: str) -> StepBatch:
         """Say what the step held and go on to the next one, whose learning rate and packs are as planned. Returns the
@@ -220,6 +229,7 @@ class StageModule(L.LightningModule):
             add_event(self.run, {"step": batch.step + 1, "event": "step skipped", **why, "packs": packs})
         self.shown["skipped"] = skips.total
         if skips.too_many:
+            self.writer.wait()
             wrong = [key for pack in packs for key in pack["not_finite"]]
             samples = f"the loss of {', '.join(wrong[:8])} is not finite" if wrong else "each sample's loss is finite"
             raise NotFinite(
@@ -233,7 +243,6 @@ class StageModule(L.LightningModule):
         """Files, validation, checkpoint, stop: all between steps."""
         assert self.ledger is not None
         self.ledger.step(batch.step, batch.trained, batch.checksum, batch.skipped)
-        self.writer.check()
         last = self.done == self.course.steps
         log, best = self.stage.log, False
         if self.done % log.every == 0 or last:
@@ -321,22 +330,20 @@ class StageModule(L.LightningModule):
         self.ledger.flush(self.plan_state)
         sums = self._sum_over_ranks(self.meter.sums)  # behind it all ranks' ledgers are on the disk
         self.seconds, self.began = self.seconds + began - self.began, began
-        shards = ""
-        if self.shards is not None:
-            shards = shard_files.write(self.last.parent, self.done, self.model, self._optimizer())
-        if self.trainer.global_rank > 0:
-            return
-        content = {
+        shared, optimizer = self.shards is not None, self._optimizer()
+        mine = shard_files.mine(self.model, optimizer) if shared else None
+        content: dict[str, Any] = {
             "format": checkpoint.FORMAT, "step": self.done, "plan": self.plan_state, "sums": sums,
             "corpora": list(self.meter.corpora), "languages": list(self.meter.languages),
             "seconds": self.seconds, "world": self.trainer.world_size,
             "start_digests": self.start_digests, "base": self.base, "best": self.best,
-            "skips": self.skips.state(), "shards": shards,
-            "learned": checkpoint.learned(self.model, parameters=not shards),
-            "optimizer": {} if shards else checkpoint.optimizer_state(self.model, self._optimizer()),
+            "skips": self.skips.state(), "shards": {},
         }  # fmt: skip
         event = {"step": self.done, "event": "checkpoint", "best": best}
-        content = checkpoint.copied(content)
+        if self.trainer.global_rank == 0:
+            content["learned"] = checkpoint.learned(self.model, parameters=not shared)
+            content["optimizer"] = {} if shared else checkpoint.optimizer_state(self.model, optimizer)
+            content = checkpoint.copied(content)
         waited = round(time.monotonic() - began, 3)
 
         def written(size: int) -> None:
@@ -344,7 +351,11 @@ class StageModule(L.LightningModule):
             add_event(self.run, event | {"seconds": seconds, "waited": waited, "bytes": size})
             shard_files.forget(self.last.parent)
 
-        self.writer.write(content, [checkpoint.LAST, *([checkpoint.BEST] if best else [])], written)
+        names = [checkpoint.LAST, *([checkpoint.BEST] if best else [])]
+        if shared:
+            self.writer.write_shards(mine, content, names, written)
+        elif self.trainer.global_rank == 0:
+            self.writer.write(content, names, written)
 
     def _go_on(self, saved: dict[str, Any]) -> None:
         """Take back what a checkpoint holds, but for the optimizer, which Lightning makes later, and shards."""
@@ -364,7 +375,7 @@ class StageModule(L.LightningModule):
         if saved is None:
             return
         if saved["shards"]:
-            pieces = shard_files.opened(self.last.parent / saved["shards"])
+            pieces = checkpoint.shards_of(saved, self.last, verify=True)
             shard_files.restore(self.model, self._optimizer(), pieces)
         elif self.shards is not None:
             states = {name: dict(checkpoint.flat(of)) for name, of in saved["optimizer"]["state"].items()}
