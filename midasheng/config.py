@@ -175,8 +175,11 @@ class Hardware:
     """Where it runs; may change between a run and its resume."""
 
     accelerator: str = key("auto", "cpu, gpu or auto", free=True)
-    devices: int = key(1, "processes (GPUs) per node", free=True)
-    nodes: int = key(1, "nodes", free=True)
+    devices: int = key(1, "processes (GPUs) per node (make: GPUS=)", free=True)
+    nodes: int = key(1, "nodes (make: NODES=)", free=True)
+    stall_s: float = key(
+        60.0, "seconds that a rank waits for its data before rank 0's log says which record holds it up", free=True
+    )
     workers: int = key(2, "loader processes per rank; 0 loads in the training process", free=True)
     prefetch: int = key(2, "steps that each loader process loads ahead", free=True)
     recompute: list[str] = key(

@@ -8,13 +8,17 @@ import os
 import shutil
 import subprocess
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from midasheng import __version__, config
@@ -29,12 +33,13 @@ from midasheng.model.audio_lm import AudioLM
 from midasheng.model.encoder import EncoderShape
 from midasheng.model.sources import WeightsError, check_learned, check_stage, open_source, part_digests
 from midasheng.sample import counter_seed
-from midasheng.train import memory, optim
+from midasheng.train import memory, optim, world
 from midasheng.train.listening import ListeningTest
 from midasheng.train.meter import add_event
-from midasheng.train.module import StageModule, Stopped, StopRequest
-from midasheng.train.order import Order, check_run_folder, command_line, is_first
-from midasheng.train.progress import ProgressLine, ending, stoppable
+from midasheng.train.module import StageModule
+from midasheng.train.order import Order, check_run_folder, command_line
+from midasheng.train.progress import ProgressLine, ending
+from midasheng.train.world import Elsewhere, Stopped, World, is_first, stoppable
 
 # adverts and "GPU available: False": the header of a run says what runs
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -195,32 +200,51 @@ def shared(lead: int, corpora: Sequence[CorpusIndex]) -> str:
     return "; ".join(parts)
 
 
-def fit(order: Order) -> None:
-    """Run one stage to its end or to a stop. Nothing is written before every check has passed.
+def words(order: Order, inputs: dict[str, Any], state: str) -> dict[str, str]:
+    """What all processes of a run must see alike: what -> its fingerprint."""
+    return {
+        "config": config.fingerprint(order.stage), "code": world.code_fingerprint(),
+        "index and plan": world.short(inputs["plan"]), "weights to start from": world.short(inputs["parents"]),
+        "run folder": state,
+    }  # fmt: skip
+
+
+def fit(order: Order, ranks: World | None = None) -> None:
+    """Run one stage to its end or to a stop, as one of `ranks`. Nothing is written before every check has passed.
 
     Raises UserError for mistakes of the user, Stopped after Ctrl-C (a checkpoint is there then).
     """
-    folder, first = order.folder, is_first()
+    ranks = ranks or World()
+    folder, first = order.folder, ranks.first
+    asked = order.stage.hardware.devices * order.stage.hardware.nodes
+    assert ranks.size == asked, f"{ranks.size} processes, hardware.devices x hardware.nodes is {asked}"
+    ranks.stall_s = order.stage.hardware.stall_s
     config.check_start(order.stage)
     kernels = verified(order.stage)  # first: memory is measured with them
     if order.stage.hardware.threads:
         torch.set_num_threads(order.stage.hardware.threads)
     keep_freed_memory()  # what a step computes is as large as what the last one freed
     starts = open_starts(order)  # before data: an index of many shards takes long
-    sources = open_data(order.stage, make=first)
+    if first:
+        sources = open_data(order.stage, make=True)
+    ranks.of_first("making the index", lambda: None)
+    if not first:
+        sources = open_data(order.stage, make=False)
     for start in starts:
         weights.check_tokenizer(start, sources.chat.fingerprint())
-    order = memory.pack_slots(order, sources, lambda: build(order, starts)[0])
+    order = memory.pack_slots(order, sources, lambda: build(order, starts)[0], ranks)
     stage = order.stage
     data = plan_data(stage, sources)
     planner = data.planner(stage.run.seed)
     inputs = {"plan": planner.fingerprint(), "parents": parents_of(starts)}
     state = "new" if order.fresh else check_run_folder(order, inputs)
     if state == "finished":
+        ranks.alike(words(order, inputs, state))
         print(f"{folder} is finished (NAME=... for another run, FRESH=1 to train it again)")
         return
     model, table, plan = build(order, starts)
     text = header(order, data, kernels, memory.check(order, model, sources, data.budget)) + "\n" + table
+    ranks.alike(words(order, inputs, state))
     if first:
         print(text)
         if order.fresh:
@@ -230,11 +254,13 @@ def fit(order: Order) -> None:
         (folder / "inputs.json").write_text(json.dumps(inputs, indent=2) + "\n", encoding="utf-8")
         # last: from here on the folder is a run
         (folder / "config.yaml").write_text(order.loaded.yaml(), encoding="utf-8")
-    train(order, data, planner, model, plan, inputs)
+    ranks.meet("the run folder is made")
+    train(order, data, planner, model, plan, inputs, ranks)
 
 
 def train(
-    order: Order, data: DataRoom, planner: Planner, model: AudioLM, plan: adapt.LoraPlan | None, inputs: dict[str, Any]
+    order: Order, data: DataRoom, planner: Planner, model: AudioLM, plan: adapt.LoraPlan | None,
+    inputs: dict[str, Any], ranks: World,
 ) -> None:  # fmt: skip
     """Train from step 0 or from the checkpoint, then write weights/."""
     stage, folder, hardware = order.stage, order.folder, order.stage.hardware
@@ -248,27 +274,30 @@ def train(
     elif calibrates(stage, data.corpora):
         clips = first_clips(data.planner(stage.run.seed), data.corpora, CALIBRATION_CLIPS)
         model.audio_encoder.init_bn.calibrate(model.audio_encoder.log_mel(torch.from_numpy(c)) for c in clips)
-    stop = StopRequest()
+    digests, steps_done = part_digests(adapt.base_state(model)), saved["step"] if saved else 0
+    # behind it nobody reads any more what the first process is about to trim
+    ranks.alike({"weights": world.short(digests), "checkpoint": str(steps_done)})
     module = StageModule(
         model, stage, data.course, [c.card.name for c in data.corpora],
-        ListeningTest(data.held_out, folder, stage.data.answers), folder,
-        part_digests(adapt.base_state(model)), stop,
+        ListeningTest(data.held_out, folder, stage.data.answers), folder, digests, ranks.stop,
     )  # fmt: skip
+    ranks.tell = partial(tell, module, steps_done)
     trainer = L.Trainer(
         accelerator=hardware.accelerator, devices=hardware.devices, num_nodes=hardware.nodes,
         strategy="ddp" if hardware.devices * hardware.nodes > 1 else "auto",
         max_epochs=1, use_distributed_sampler=False, precision="32-true", limit_val_batches=0, num_sanity_val_steps=0,
         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
-        callbacks=[ProgressLine()] if stage.log.progress else [],
+        callbacks=[Fails(ranks), *([ProgressLine()] if stage.log.progress else [])],
+        plugins=[TorchElasticEnvironment() if ranks.size > 1 else LightningEnvironment()],
         logger=TensorBoardLogger(folder, name="", version="tensorboard"),
     )  # fmt: skip
-    steps_done = saved["step"] if saved else 0
     if is_first():
         trim(folder, steps_done if saved else -1)
         drop_after(folder / "events.jsonl", steps_done + 1 if saved else -1)
         if not saved:  # killed before its first checkpoint
             (folder / "metrics.jsonl").unlink(missing_ok=True)
-    module.planner = planner
+    ranks.meet("the run folder is ready")
+    module.planner, module.world = planner, ranks
     module.ledger = Ledger(folder, trainer.global_rank, [c.card.name for c in data.corpora])
     for corpus in data.corpora:
         writes = trainer.global_rank == 0 and not saved
@@ -284,8 +313,15 @@ def train(
             planner, data.corpora, data.chat, data.course.steps, rank=trainer.global_rank, world=trainer.world_size,
             workers=hardware.workers, prefetch=hardware.prefetch,
         )  # fmt: skip
-        with stoppable(stop):
-            trainer.fit(module, loader, ckpt_path=resume if saved else None, weights_only=True)
+        notes = loader.dataset.notes  # type: ignore[attr-defined]
+        module.data_at = lambda step: notes.where(step, data.corpora)
+        with stoppable(ranks.stop):
+            try:
+                trainer.fit(module, loader, ckpt_path=resume if saved else None, weights_only=True)
+            except Exception as error:
+                if (explained := in_words(error, module.done)) is error:
+                    raise
+                raise explained from error
     else:  # trained to the end, then killed before the hand-off
         module.load_state_dict(torch.load(resume, map_location="cpu", weights_only=True)["state_dict"])
         module.done, module.start_digests, module.seconds = steps_done, saved["start_digests"], saved["seconds"]
@@ -326,21 +362,108 @@ def calibrates(stage: Stage, corpora: Sequence[CorpusIndex]) -> bool:
     return fresh and any(c.summary.mean_frames for c in corpora)
 
 
-def run_stage(default: str, contract: Callable[[Stage], None], argv: Sequence[str] | None = None) -> int:
-    """A stage's whole main: mistakes of the user end in one clear line and exit status 2, a stop in 130."""
+class OutOfMemory(UserError, MemoryError):
+    """A step did not fit."""
+
+
+def in_words(error: BaseException, step: int) -> BaseException:
+    """An error of a machine as one that says what to do; any other as it is."""
+    text, goes_on = str(error), "the same command goes on from the last checkpoint"
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, memory.OUT_OF_MEMORY) or "can't allocate memory" in text:
+        return OutOfMemory(
+            f"step {step}: out of memory ({world.last_line(error)}); {goes_on}, with less of it: "
+            "hardware.recompute=[audio_encoder,decoder], more devices, fewer hardware.workers"
+        )
+    if "DataLoader worker" in text and ("killed by signal" in text or "exited unexpectedly" in text):
+        return UserError(
+            f"step {step}: a loader process was killed ({text.splitlines()[0]}), most often for want of memory; "
+            f"{goes_on}, hardware.workers may be lower"
+        )
+    return error
+
+
+def tell(module: StageModule, saved: int, event: dict[str, Any]) -> None:
+    """A row of events.jsonl at the last checkpoint, where a resume begins: it keeps what stands there."""
+    if is_first():
+        add_event(module.run, {"step": module.saved or saved, "at_step": module.done} | event)
+
+
+class Fails(L.Callback):
+    """Says an error to the other ranks before anything is torn down, where it might hang."""
+
+    def __init__(self, ranks: World) -> None:
+        self.ranks = ranks
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Stops are no errors: all ranks have voted for them."""
+        assert isinstance(pl_module, StageModule)
+        if isinstance(exception, Stopped):
+            if not exception.voted:
+                self.ranks.fail(NOT_TRAINING)
+        elif isinstance(exception, Exception):
+            explained = in_words(exception, pl_module.done)
+            self.ranks.fail(world.last_line(explained), of_a_collective=world.broken_collective(exception))
+
+
+NOT_TRAINING = "a signal asked it to stop before training"
+PREEMPTED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: start it again
+
+
+def run_stage(
+    default: str, contract: Callable[[Stage], None], argv: Sequence[str] | None = None,
+    prepare: Callable[[], list[str]] | None = None,
+) -> int:  # fmt: skip
+    """A stage's whole main. `prepare`: done first by one process; the settings that it gives are those of all.
+
+    Exit status: 2 with one clear line for mistakes of the user, 130 for Ctrl-C, 75 for a stop that SIGTERM or SIGUSR1
+    asked for, 1 where another process failed. Where the config asks for several processes and no launcher has started
+    them, they are started here.
+    """
+    ranks, status = World(), 1
     try:
-        order = command_line(default, argv)
-        contract(order.stage)
-        fit(order)
+        with stoppable(ranks.stop):  # until training begins: a preempted job ends at once, and is started again
+            order = command_line(default, argv)
+            contract(order.stage)
+            hardware = order.stage.hardware
+            if hardware.devices * hardware.nodes > 1 and world.launched() is None:
+                if hardware.nodes > 1:
+                    raise UserError(
+                        f"hardware.nodes={hardware.nodes}: give the same command on every node, with "
+                        f"NODES={hardware.nodes} GPUS={hardware.devices} NODE_RANK=0 (1, 2, ...) "
+                        "MASTER_ADDR=first-node, or `make submit`"
+                    )
+                return world.start_here(hardware.devices)
+            ranks = world.join(ranks.stop)
+            if prepare:
+                order = command_line(default, [*ranks.of_first("preparing the data", prepare), *(argv or sys.argv[1:])])
+            fit(order, ranks)
+        status = 0
+    except Elsewhere:
+        pass
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        ranks.fail(world.last_line(error))
+        if ranks.size == 1:
+            print(f"error: {error}", file=sys.stderr)
+        status = 2
     except KeyboardInterrupt:
-        print("interrupted outside a step; the same command goes on, or begins again", file=sys.stderr)
-        return 130
-    except Stopped:
-        if is_first():
+        ranks.fail("interrupted outside a step")
+        if ranks.first:
+            print("interrupted outside a step; the same command goes on, or begins again", file=sys.stderr)
+        status = 130
+    except Stopped as stopped:
+        status = PREEMPTED_STATUS if stopped.preempted else 130
+        if not stopped.voted:
+            ranks.fail(NOT_TRAINING)
+        if ranks.first and stopped.voted:
             saved = order.folder / "checkpoints" / "last.ckpt"
             print(f"stopped; {saved} holds everything: the same command goes on from there")
-        return 130
-    return 0
+    except Exception as error:
+        ranks.fail(world.last_line(error), of_a_collective=world.broken_collective(error))
+        if ranks.size == 1:
+            raise
+        if not ranks.failed or ranks.mine:
+            traceback.print_exception(error)
+    ranks.leave(status)
+    return status

@@ -143,6 +143,9 @@ EVENTS = {
     "plan restarted": {"because"},  # a new order of data
     "not finite": {"grad_norm", "keys"},  # the step was not taken and the run ends; keys of the samples, if known
     "stop": set(),  # somebody asked for it
+    # a rank waits for data too long, or fails and the run ends; `step`: of the last checkpoint, where it will go on
+    "stall": {"at_step", "rank", "at"},
+    "failed": {"at_step", "rank", "error"},
     "handed off": set(),  # weights/ is written
 }
 

@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,21 +28,11 @@ from midasheng.sample import counter_seed
 from midasheng.train.listening import ListeningTest
 from midasheng.train.meter import Meter, MetricsFile, Speed, add_event, memory_gib
 from midasheng.train.optim import clip, learning_rate, optimizer
-
-
-class Stopped(Exception):
-    """Raised between steps after a checkpoint was written because the user asked for a stop."""
+from midasheng.train.world import PREEMPTED, Stopped, StopRequest, Waiting, World
 
 
 class NotFinite(UserError):
     """Loss or gradient is NaN or infinite; the message names the samples of the step."""
-
-
-@dataclass
-class StopRequest:
-    """Somebody wants the run to stop between two steps."""
-
-    requested: bool = False
 
 
 class StageModule(L.LightningModule):
@@ -63,13 +53,16 @@ class StageModule(L.LightningModule):
         self.stage, self.course, self.run = stage, course, run
         self.test, self.start_digests, self.stop = test, start_digests, stop
         self.meter = Meter(corpora)
-        self.done = 0
+        self.done, self.saved = 0, 0  # finished steps; those that the last checkpoint of this process holds
         self.began, self.seconds = time.monotonic(), 0.0  # training up to the last checkpoint, over all resumes
         self.plan_state: dict[str, Any] = {}
         self.planner: Planner | None = None
         self.mix_file = MixFile(run / "mix.yaml", corpora)
         self.shown: dict[str, float] = {}  # for the progress line
         self.ledger: Ledger | None = None
+        self.world = World()
+        self.data_at: Callable[[int], str] = lambda step: "?"  # which record holds the data of a step up
+        self.left: float | None = None  # when the training thread went to fetch the next batch
 
     # -- Lightning's hooks ------------------------------------------------------------------------------------------
 
@@ -85,6 +78,9 @@ class StageModule(L.LightningModule):
         self.metrics = MetricsFile(self.run / "metrics.jsonl", self.done, write=rank == 0)
         self.speeds = MetricsFile(self.run / "speed.jsonl", self.done, write=rank == 0)
         assert self.ledger is not None
+        self.stop.listen()  # again: after Lightning
+        self.stop.training = True
+        self.world.waits = self._waits
         self.model.train()
         at, how = peak(self.device, self.model.compute_dtype or torch.float32)
         self.speeds.add({"step": self.done, "peak_flops_per_s": at, "peak": how})
@@ -98,10 +94,14 @@ class StageModule(L.LightningModule):
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """One optimizer step over this rank's packs. The loss is the sum of token losses over the targets of the whole
         global step: actual counts, summed before the first backward and left on the device until its end."""
+        assert self.ledger is not None
         assert batch.step == self.done, f"step {self.done} expected, the loader brought {batch.step}"
+        assert self.left is not None
         self.speed.waited(time.monotonic() - self.left)
+        self.left = None
+        self.ledger.reachable(batch.trained, batch.skipped)
         world, digest = self.trainer.world_size, float(batch.state_after["digest"])
-        counts = [sum(sum(p.targets) for p in batch.packs), float(self.stop.requested), digest]
+        counts = [sum(sum(p.targets) for p in batch.packs), self.stop.requested, digest]
         sums_3 = self._reduced(torch.tensor(counts, dtype=torch.float64, device=self.device))
         # DDP takes the mean over ranks: x world makes it the sum
         scale = world / sums_3[0].clamp(min=1)
@@ -127,7 +127,7 @@ class StageModule(L.LightningModule):
             )
         adam.step()
         self.done, self.plan_state = batch.step + 1, batch.state_after
-        self._after_step(batch, norm, self.stage.optim.lr * rate, bool(stop))
+        self._after_step(batch, norm, self.stage.optim.lr * rate, stop)
         self.left = time.monotonic()
 
     # -- inside a step ----------------------------------------------------------------------------------------------
@@ -181,7 +181,7 @@ class StageModule(L.LightningModule):
             + ("" if suspects else " (loss is finite for each sample alone; one of these)")
         )
 
-    def _after_step(self, batch: StepBatch, norm: float, lr: float, stop: bool) -> None:
+    def _after_step(self, batch: StepBatch, norm: float, lr: float, stop: float) -> None:
         """Files, validation, checkpoint, stop: all between steps."""
         assert self.ledger is not None
         self.ledger.step(batch.step, batch.trained, batch.checksum, batch.skipped)
@@ -204,7 +204,7 @@ class StageModule(L.LightningModule):
         if stop and not last:
             if self.trainer.global_rank == 0:
                 add_event(self.run, {"step": self.done, "event": "stop"})
-            raise Stopped
+            raise Stopped(preempted=stop >= PREEMPTED, voted=True)
 
     def _follow_mix_file(self) -> None:
         """When the user has written mix.yaml into the run folder: draw in its shares, on all ranks from one step on."""
@@ -225,6 +225,15 @@ class StageModule(L.LightningModule):
             logger.log_metrics(values, step=self.done)
         too_much = ("lr", "grad_norm", "seconds", "memory_gib")  # for one line
         self.shown |= {name: v for k, v in values.items() if (name := k.split("/")[1]) not in too_much}
+
+    def _waits(self) -> Waiting | None:
+        """For the watch: what the training thread waits for, a batch or a held-out record."""
+        if (left := self.left) is not None:
+            return Waiting(f"the data of step {self.done}", left, lambda: self.data_at(self.done))
+        for asked in self.test.sets:
+            if (reading := asked.reading) is not None:
+                return Waiting("a held-out record", reading[1], partial(str, reading[0]))
+        return None
 
     def _world(self) -> tuple[int, int, Callable[[Tensor], Tensor]]:
         return self.trainer.global_rank, self.trainer.world_size, self._sum_over_ranks
@@ -255,6 +264,7 @@ class StageModule(L.LightningModule):
         self.ledger.flush(self.plan_state)
         part, began = self.checkpoint.with_suffix(".part"), time.monotonic()
         self.trainer.save_checkpoint(part)
+        self.saved = self.done
         if self.trainer.global_rank == 0:
             os.replace(part, self.checkpoint)
             seconds = round(time.monotonic() - began, 3)

@@ -208,8 +208,10 @@ def test_nan_stops_the_run_and_names_the_sample(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(AudioLM, "forward", poisoned)
     with pytest.raises(NotFinite, match=target):
         run_stage("stage1_align", tiny, tmp_path / "run")
-    last = all_events(tmp_path / "run/mini/stage1_align")[-1]
+    last, failed = all_events(tmp_path / "run/mini/stage1_align")[-2:]
     assert (last["event"], last["step"], last["keys"]) == ("not finite", 1, [target])
+    assert (failed["event"], failed["at_step"]) == ("failed", 1)
+    assert target in failed["error"]
 
 
 def command(stage: str, tiny, runs: Path, *more: str) -> list[str]:
@@ -670,7 +672,7 @@ def test_what_happens_to_a_run_stands_in_events_once(tiny, tmp_path, monkeypatch
     first = [(0, "start"), (2, "checkpoint"), (2, "stop"), (2, "resume"), (3, "checkpoint")]
     assert seen == first
     run_stage("stage1_align", tiny, tmp_path, **more)
-    end = [(3, "resume"), (6, "checkpoint"), (8, "checkpoint"), (8, "handed off")]
+    end = [(3, "failed"), (3, "resume"), (6, "checkpoint"), (8, "checkpoint"), (8, "handed off")]
     assert happened(folder) == first + end
     rows = all_events(folder)
     assert [r for r in rows if r["event"] == "resume"] == [
