@@ -95,6 +95,15 @@ class Optim:
     eps: float = key(1e-8, "Adam's epsilon")
     clip_norm: float = key(1.0, "the gradient of a whole step is scaled down to this norm (not published)")
     final_lr: float = key(0.1, "the cosine ends at this share of the peak (report: 10 %)")
+    max_skips: int = key(
+        10,
+        "a step whose loss or gradient is not finite is not taken; this many in a row stop the run (`make bisect`)",
+        free=True,
+    )
+    spike: float = key(
+        0.0,
+        "a step whose gradient norm is above this multiple of the median of the last 100 is not taken either; 0: none",
+    )
 
 
 @dataclass
@@ -463,6 +472,8 @@ def _check_values(stage: Stage) -> None:
         *((f"optim.lr_for[{glob}]", 0, lr, 1e3) for glob, lr in optim.lr_for.items()),
     ):  # fmt: skip
         require(low <= value <= high, f"{name}: {value} is not between {low} and {high:g}")
+    require(optim.max_skips > 0, f"optim.max_skips: {optim.max_skips}; at least 1, which stops at once")
+    require(optim.spike == 0 or optim.spike > 1, f"optim.spike: {optim.spike}; write a multiple above 1, or 0 for none")
     require(stage.lora.dropout < 1 and optim.clip_norm > 0, "lora.dropout must be below 1, optim.clip_norm above 0")
     require(length(stage.run.length, "run.length")[0] > 0, f"run.length: `{stage.run.length}` trains nothing")
     length(stage.run.warmup, "run.warmup")

@@ -47,6 +47,7 @@ class Audit:
 
     steps: int = 0
     corpora: dict[str, CorpusAudit] = field(default_factory=dict)
+    holes: dict[str, int] = field(default_factory=dict)  # why a planned sample was not trained on -> how many
     passed_over: int = 0  # fit no pack
     waiting: int = 0  # drawn, not yet packed
     checked_keys: int = 0
@@ -57,9 +58,10 @@ class Audit:
         samples, hours, targets = (
             max(1e-9, sum(getattr(c, name) for c in self.corpora.values())) for name in ("samples", "hours", "targets")
         )
+        why = f" ({', '.join(f'{n} {reason}' for reason, n in self.holes.items())})" if self.holes else ""
         lines = [
             f"{self.steps} steps, {samples:.0f} samples, {hours:.2f} h heard, {targets:.0f} targets; "
-            f"{sum(c.holes for c in self.corpora.values())} holes, {self.passed_over} fitted no pack, {self.waiting} "
+            f"{sum(c.holes for c in self.corpora.values())} holes{why}, {self.passed_over} fitted no pack, {self.waiting} "
             f"drawn and not yet packed; keys of {self.checked_keys} steps compared",
             f"{'corpus':26}{'asked':>8}{'samples':>9}{'hours':>8}{'targets':>9}{'epochs':>9}   licence",
         ]
@@ -160,13 +162,18 @@ class RunLedger:
             steps_seen.update(part.step.tolist())
             self._add(found, uses, part)
             self._compare_keys(found, part)
+        numbers = {corpus.card.name: c for c, corpus in enumerate(self.corpora)}
         first = self.state["restarted"]
         absent = sorted(set(range(first, self.state["step"])) - steps_seen)
         if absent:
             found.faults.append(f"{len(absent)} steps are not in the ledger, step {absent[0]} first")
-        for c, epoch, position in self._passed_over():
-            found.passed_over += 1
-            self._count(uses, c, epoch, np.asarray([position]))
+        for row in self._skipped():
+            if "place" in row:
+                epoch, position = row["place"]
+                found.passed_over += 1
+                self._count(uses, numbers[row["corpus"]], epoch, np.asarray([position]))
+            else:
+                found.holes[row["reason"]] = found.holes.get(row["reason"], 0) + 1
         carried = self.planner.carried(self.state)
         found.waiting = len(carried)
         for (c, epoch), here in _by_corpus_and_epoch(carried[:, [0, 1, 2]]):
@@ -218,13 +225,13 @@ class RunLedger:
             if now != checksum:
                 found.faults.append(f"step {step}: other records were read than the plan names")
 
-    def _passed_over(self) -> Iterator[tuple[int, int, int]]:
-        numbers = {corpus.card.name: c for c, corpus in enumerate(self.corpora)}
-        path = self.folder / "skipped.jsonl"
-        for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
-            row = json.loads(line)
-            if "place" in row and row["step"] >= self.state["restarted"]:
-                yield numbers[row["corpus"]], *row["place"]
+    def _skipped(self) -> Iterator[dict[str, Any]]:
+        """What was skipped in the steps that the ledger holds, on all ranks."""
+        for path in (self.folder / "skipped.jsonl", *sorted(self.folder.glob("ledger/skipped-rank*.jsonl"))):
+            for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+                row = json.loads(line)
+                if self.state["restarted"] <= row["step"] < self.state["step"]:
+                    yield row
 
     def _every_place_once(self, found: Audit, uses: dict[tuple[int, int], NDArray[np.uint8]]) -> None:
         """What was drawn is trained on, a hole, passed over or waiting: exactly one of them, and nothing else is."""

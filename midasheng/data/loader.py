@@ -10,8 +10,9 @@ import signal
 import threading
 import time
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -26,6 +27,7 @@ from midasheng.data.index import CorpusIndex, Record
 from midasheng.data.ledger import Skipped
 from midasheng.data.manifest import Card, ManifestError
 from midasheng.data.plan import ALL, Budget, Planned, Planner
+from midasheng.data.quarantine import REASON
 from midasheng.data.storage import ServerLost, StorageError, Unreachable, read_many
 from midasheng.sample import Pack, Sample, Turn, pack
 
@@ -62,6 +64,16 @@ class StepBatch:
     def to(self, *args: Any, **kwargs: Any) -> StepBatch:
         """Tensors moved, as `torch.Tensor.to`; Lightning calls this."""
         return replace(self, packs=tuple(p.to(*args, **kwargs) for p in self.packs))
+
+    def not_taken(self, reason: str) -> StepBatch:
+        """For the ledger: the same step when nothing was learned from it. Every sample is a hole with this reason."""
+        # the conversations of one record lie side by side
+        keys = [one for p in self.packs for one, _ in groupby(zip(p.corpora, p.keys, strict=True))]
+        rows = self.trained.copy()
+        rows[:, 3] = 0
+        return replace(
+            self, trained=rows, checksum=0, skipped=(*self.skipped, *(Skipped(c, k, reason) for c, k in keys))
+        )
 
 
 def conversation(
@@ -175,8 +187,12 @@ class Loading(Dataset[StepBatch]):
     """Share -> StepBatch. A record that cannot be read or decoded leaves a hole in its pack and a line in the
     ledger."""
 
-    def __init__(self, corpora: Sequence[CorpusIndex], chat: Chat, budget: Budget, processes: int = 0) -> None:
-        self.corpora, self.chat, self.budget = corpora, chat, budget
+    def __init__(
+        self, corpora: Sequence[CorpusIndex], chat: Chat, budget: Budget, without: Set[tuple[int, int]] = frozenset(),
+        processes: int = 0,
+    ) -> None:  # fmt: skip
+        """`without`: (corpus, record) of what is quarantined; `processes`: that will load."""
+        self.corpora, self.chat, self.budget, self.without = corpora, chat, budget, without
         self.notes = Notes(processes)
 
     def __getitem__(self, share: Share) -> StepBatch:  # the sampler yields shares, not numbers
@@ -217,6 +233,8 @@ class Loading(Dataset[StepBatch]):
 
     def _text(self, p: Planned, read: bytes | StorageError | Unreachable) -> Tokenised | Skip:
         """One planned sample, tokenised; or why it cannot be used."""
+        if (p.corpus, p.record) in self.without:
+            return Skip(REASON)
         if not isinstance(read, bytes):
             return Skip("shard gone" if isinstance(read, StorageError) else "unreachable")
         try:
@@ -285,11 +303,12 @@ def _worker_init(_: int) -> None:
 
 def train_loader(
     planner: Planner, corpora: Sequence[CorpusIndex], chat: Chat, steps: int, *, rank: int, world: int, workers: int,
-    prefetch: int = 2,
+    prefetch: int = 2, without: Set[tuple[int, int]] = frozenset(),
 ) -> DataLoader[StepBatch]:  # fmt: skip
     """Loader from the planner's present step to `steps` (exclusive); one item is this rank's share of one step."""
     return DataLoader(
-        Loading(corpora, chat, planner.budget, workers), sampler=_Shares(planner, corpora, steps, rank, world),
+        Loading(corpora, chat, planner.budget, without, workers),
+        sampler=_Shares(planner, corpora, steps, rank, world),
         batch_size=None, num_workers=workers, worker_init_fn=_worker_init,
         prefetch_factor=prefetch if workers else None, multiprocessing_context="fork" if workers else None,
     )  # fmt: skip

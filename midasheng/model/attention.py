@@ -110,20 +110,31 @@ def segment_attention(
         )  # fmt: skip
         assert isinstance(out, Tensor)
         return out.transpose(0, 1)
+    if (
+        v.device.type == "cpu" and dtype.itemsize < 4
+    ):  # the backward of sdpa takes 4 to 7 times as long in half precision
+        with torch.autocast("cpu", enabled=False):
+            return _by_segment(*(t.float() for t in (q, k, v)), segments, causal, scale).to(dtype)
+    return _by_segment(q, k, v, segments, causal, scale)
+
+
+def _by_segment(q: Tensor, k: Tensor, v: Tensor, segments: Sequence[int], causal: bool, scale: float | None) -> Tensor:
+    """torch's sdpa once per segment; shapes as in `segment_attention`."""
+    lines = segments.lines if isinstance(segments, Segments) else []
     parts_q, parts_k, parts_v = (t.split(list(segments), dim=1) for t in (q, k, v))
     parts = []
     for number, (q_s, k_s, v_s) in enumerate(zip(parts_q, parts_k, parts_v, strict=True)):
         mask = None
         if lines:
             line = lines[number]
-            k_s, v_s = (torch.cat([of[one] for one in line], dim=1).to(dtype) for of in (parts_k, parts_v))
+            k_s, v_s = (torch.cat([of[one] for one in line], dim=1).to(q.dtype) for of in (parts_k, parts_v))
             if causal and len(line) > 1:  # is_causal would be at top left
                 assert isinstance(segments, Segments)
                 mask = segments.causal_mask(q_s.shape[1], k_s.shape[1], q.device)
         parts.append(
             F.scaled_dot_product_attention(
                 q_s[None], k_s[None], v_s[None], attn_mask=mask, is_causal=causal and mask is None, scale=scale,
-                enable_gqa=grouped,
+                enable_gqa=q.shape[0] != k.shape[0],
             )[0]
         )  # fmt: skip
     return torch.cat(parts, dim=1)

@@ -104,9 +104,10 @@ class StoredBatchNorm(nn.Module):
 
     @torch.no_grad()
     def calibrate(self, mels: Iterable[Tensor]) -> int:
-        """Set the statistics of a fresh encoder from log-mels (64, M) of single clips; returns the number of frames."""
+        """Set the statistics of a fresh encoder from log-mels (64, M) of single clips; returns the number of frames. A
+        clip whose power overflows would make every step NaN: it is left out, and told by the step that trains on it."""
         count, total, square = 0, torch.zeros(()), torch.zeros(())
-        for mel in mels:
+        for mel in filter(lambda mel: bool(mel.isfinite().all()), mels):
             count += mel.shape[1]
             total = total + mel.double().sum(1)
             square = square + mel.double().square().sum(1)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,7 @@ from midasheng.data.index import CorpusIndex
 from midasheng.data.ledger import Ledger, Skipped, drop_after, trim
 from midasheng.data.loader import first_clips, keep_freed_memory, train_loader
 from midasheng.data.plan import Planner, differences
+from midasheng.data.quarantine import FILE, quarantined, records
 from midasheng.data.room import DataRoom, open_data, plan_data
 from midasheng.model import adapt, attention, kernels, loss, weights
 from midasheng.model.audio_lm import AudioLM
@@ -200,12 +201,12 @@ def shared(lead: int, corpora: Sequence[CorpusIndex]) -> str:
     return "; ".join(parts)
 
 
-def words(order: Order, inputs: dict[str, Any], state: str) -> dict[str, str]:
+def words(order: Order, inputs: dict[str, Any], state: str, without: Set[tuple[int, int]]) -> dict[str, str]:
     """What all processes of a run must see alike: what -> its fingerprint."""
     return {
         "config": config.fingerprint(order.stage), "code": world.code_fingerprint(),
         "index and plan": world.short(inputs["plan"]), "weights to start from": world.short(inputs["parents"]),
-        "run folder": state,
+        "run folder": state, "quarantine": world.short(sorted(without)),
     }  # fmt: skip
 
 
@@ -238,13 +239,14 @@ def fit(order: Order, ranks: World | None = None) -> None:
     planner = data.planner(stage.run.seed)
     inputs = {"plan": planner.fingerprint(), "parents": parents_of(starts)}
     state = "new" if order.fresh else check_run_folder(order, inputs)
+    without = records([] if order.fresh else quarantined(folder), data.corpora)
     if state == "finished":
-        ranks.alike(words(order, inputs, state))
+        ranks.alike(words(order, inputs, state, without))
         print(f"{folder} is finished (NAME=... for another run, FRESH=1 to train it again)")
         return
     model, table, plan = build(order, starts)
     text = header(order, data, kernels, memory.check(order, model, sources, data.budget)) + "\n" + table
-    ranks.alike(words(order, inputs, state))
+    ranks.alike(words(order, inputs, state, without))
     if first:
         print(text)
         if order.fresh:
@@ -255,14 +257,14 @@ def fit(order: Order, ranks: World | None = None) -> None:
         # last: from here on the folder is a run
         (folder / "config.yaml").write_text(order.loaded.yaml(), encoding="utf-8")
     ranks.meet("the run folder is made")
-    train(order, data, planner, model, plan, inputs, ranks)
+    train(order, data, planner, model, plan, inputs, ranks, without)
 
 
 def train(
-    order: Order, data: DataRoom, planner: Planner, model: AudioLM, plan: adapt.LoraPlan | None,
-    inputs: dict[str, Any], ranks: World,
+    order: Order, data: DataRoom, planner: Planner, model: AudioLM, plan: adapt.LoraPlan | None, inputs: dict[str, Any],
+    ranks: World, without: Set[tuple[int, int]] = frozenset(),
 ) -> None:  # fmt: skip
-    """Train from step 0 or from the checkpoint, then write weights/."""
+    """Train from step 0 or from the checkpoint, then write weights/. `without`: what is quarantined."""
     stage, folder, hardware = order.stage, order.folder, order.stage.hardware
     resume = folder / "checkpoints" / "last.ckpt"
     saved = torch.load(resume, map_location="cpu", weights_only=True)["midasheng"] if resume.is_file() else None
@@ -307,11 +309,12 @@ def train(
         begins = {"step": steps_done, "event": "resume" if saved else "start", "world": trainer.world_size}
         add_event(folder, begins | ({"world_before": saved.get("world")} if saved else {}))
     if saved and is_first():
-        print(f"resuming at step {steps_done} of {data.course.steps}")
+        aside = f"; {len(without)} samples are in {folder / FILE}" if without else ""
+        print(f"resuming at step {steps_done} of {data.course.steps}{aside}")
     if saved is None or steps_done < data.course.steps:
         loader = train_loader(
             planner, data.corpora, data.chat, data.course.steps, rank=trainer.global_rank, world=trainer.world_size,
-            workers=hardware.workers, prefetch=hardware.prefetch,
+            workers=hardware.workers, prefetch=hardware.prefetch, without=without,
         )  # fmt: skip
         notes = loader.dataset.notes  # type: ignore[attr-defined]
         module.data_at = lambda step: notes.where(step, data.corpora)
@@ -325,6 +328,7 @@ def train(
     else:  # trained to the end, then killed before the hand-off
         module.load_state_dict(torch.load(resume, map_location="cpu", weights_only=True)["state_dict"])
         module.done, module.start_digests, module.seconds = steps_done, saved["start_digests"], saved["seconds"]
+        module.skips.restore(saved["skips"])
     if trainer.is_global_zero:
         record = {
             "stage": stage.name, "name": order.name, "scale": order.scale, "steps": module.done,
@@ -332,7 +336,7 @@ def train(
             "git_commit": git_commit(), "config_hash": config.fingerprint(stage), "midasheng": __version__,
             "torch": str(torch.__version__), "trained": list(stage.train), "lora": list(stage.lora.targets),
             "tokenizer": data.chat.fingerprint(), "skipped": module.ledger.summary(),
-            "seconds": round(module.seconds, 1),
+            "steps_skipped": module.skips.total, "seconds": round(module.seconds, 1),
         }  # fmt: skip
         weights.hand_off(
             model, folder / "weights", record, plan, start_digests=module.start_digests,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import resource
 import sys
 import time
@@ -48,7 +49,7 @@ class Meter:
         self.sums = torch.zeros_like(self.sums)
         targets = sum(sums[n : 2 * n])
         return {
-            "loss": sum(sums[:n]) / max(targets, 1),
+            "loss": sum(sums[:n]) / targets if targets else math.nan,
             "targets": int(targets),
             "audio_s": round(sums[2 * n], 3),
             "slots": int(sums[2 * n + 1]),
@@ -141,7 +142,8 @@ EVENTS = {
     "checkpoint": {"seconds"},
     "mix": {"from_step", "percent"},  # the shares change
     "plan restarted": {"because"},  # a new order of data
-    "not finite": {"grad_norm", "keys"},  # the step was not taken and the run ends; keys of the samples, if known
+    # a step was not taken: its number in plan and ledger, how many in a row, and what its packs held (skips.references)
+    "step skipped": {"number", "because", "grad_norm", "in_a_row", "packs"},
     "stop": set(),  # somebody asked for it
     # a rank waits for data too long, or fails and the run ends; `step`: of the last checkpoint, where it will go on
     "stall": {"at_step", "rank", "at"},

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
@@ -16,7 +16,7 @@ from lightning.pytorch.core.optimizer import LightningOptimizer
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from midasheng.config import Stage, UserError
+from midasheng.config import Stage
 from midasheng.data.ledger import Ledger
 from midasheng.data.loader import StepBatch, steps_ahead
 from midasheng.data.manifest import MixFile
@@ -28,11 +28,19 @@ from midasheng.sample import counter_seed
 from midasheng.train.listening import ListeningTest
 from midasheng.train.meter import Meter, MetricsFile, Speed, add_event, memory_gib
 from midasheng.train.optim import clip, learning_rate, optimizer
+from midasheng.train.skips import NotFinite, Skips, references
 from midasheng.train.world import PREEMPTED, Stopped, StopRequest, Waiting, World
 
 
-class NotFinite(UserError):
-    """Loss or gradient is NaN or infinite; the message names the samples of the step."""
+class Read(NamedTuple):
+    """What the host learns of a step, all at once: losses of the segments of this rank's packs; and the same on all
+    ranks: the gradient's norm, whether it and all losses are finite, how many want to stop, the sum of plan digests."""
+
+    losses: list[Tensor]
+    norm: float
+    finite: bool
+    stop: float
+    digests: float
 
 
 class StageModule(L.LightningModule):
@@ -52,7 +60,7 @@ class StageModule(L.LightningModule):
         self.model = model
         self.stage, self.course, self.run = stage, course, run
         self.test, self.start_digests, self.stop = test, start_digests, stop
-        self.meter = Meter(corpora)
+        self.meter, self.skips = Meter(corpora), Skips(stage.optim)
         self.done, self.saved = 0, 0  # finished steps; those that the last checkpoint of this process holds
         self.began, self.seconds = time.monotonic(), 0.0  # training up to the last checkpoint, over all resumes
         self.plan_state: dict[str, Any] = {}
@@ -118,16 +126,22 @@ class StageModule(L.LightningModule):
                 loss_S = self.model(pack)
                 self.manual_backward(loss_S.sum() * scale)
             losses.append(loss_S.detach())
-        norm, stop, digests = self._read(
-            batch, losses, clip(self.model.parameters(), self.stage.optim.clip_norm), sums_3
-        )
-        if digests != world * digest:  # CRC32: its multiples are exact in float64
+        norm = clip(self.model.parameters(), self.stage.optim.clip_norm)
+        read = self._read(losses, norm, sums_3)
+        if read.digests != world * digest:  # CRC32: its multiples are exact in float64
             raise AssertionError(
                 f"step {batch.step}: rank {self.trainer.global_rank} trains on another plan than others"
             )
-        adam.step()
+        for pack in batch.packs:
+            self.speed.add(pack)
+        if because := self.skips.because(finite=read.finite, norm=read.norm):
+            batch = self._not_taken(batch, read, because)
+        else:
+            adam.step()
+            for pack, loss_S in zip(batch.packs, read.losses, strict=True):
+                self.meter.add(pack, loss_S)
         self.done, self.plan_state = batch.step + 1, batch.state_after
-        self._after_step(batch, norm, self.stage.optim.lr * rate, stop)
+        self._after_step(batch, read.norm, self.stage.optim.lr * rate, read.stop)
         self.left = time.monotonic()
 
     # -- inside a step ----------------------------------------------------------------------------------------------
@@ -150,36 +164,39 @@ class StageModule(L.LightningModule):
             return tensor
         return self._reduced(tensor.to(self.device, copy=True)).cpu()
 
-    def _read(
-        self, batch: StepBatch, losses: Sequence[Tensor], norm: Tensor, sums_3: Tensor
-    ) -> tuple[float, float, float]:
+    def _read(self, losses: Sequence[Tensor], norm: Tensor, sums_3: Tensor) -> Read:
         """Losses, gradient norm and sums over the ranks, read from the device at once: until here the host waited for
-        nothing. Returns the norm, how many ranks want to stop, and the sum of their plans' digests. Raises NotFinite.
-        """
-        found = torch.cat([*losses, norm.reshape(1), sums_3[1:]]).cpu()
-        *loss_rows, (norm_at, stop, digests) = found.split([*(len(loss_S) for loss_S in losses), 3])
-        if not found.isfinite().all():
-            self._not_finite(batch, float(norm_at))
-        for pack, loss_S in zip(batch.packs, loss_rows, strict=True):
-            self.meter.add(pack, loss_S)
-            self.speed.add(pack)
-        return float(norm_at), float(stop), float(digests)
+        nothing. Whether a step is taken hangs on what is summed over the ranks here: a loss that is infinite on one of
+        them may have a gradient that is finite on all."""
+        good = torch.stack([norm.isfinite(), *(loss_S.isfinite().all() for loss_S in losses)]).all()
+        verdict_2 = self._reduced(torch.stack([norm.double(), (~good).double()]))
+        found = torch.cat([*losses, verdict_2, sums_3[1:]]).cpu()
+        *loss_rows, (norms, bad, stop, digests) = found.split([*(len(loss_S) for loss_S in losses), 4])
+        return Read(loss_rows, float(norms) / self.trainer.world_size, float(bad) == 0, float(stop), float(digests))
 
-    def _not_finite(self, batch: StepBatch, norm: float) -> None:
-        """Say which samples; the step is not taken."""
-        suspects = []
-        for pack in batch.packs:
-            with torch.no_grad():
-                loss_S = self.model(pack)
-            finite = loss_S.isfinite().tolist()
-            suspects += [k for k, good in zip(pack.keys, finite, strict=False) if not good]
-        keys = suspects or [k for p in batch.packs for k in p.keys]
-        if suspects or self.trainer.global_rank == 0:  # a rank knows its own samples only
-            add_event(self.run, {"step": self.done, "event": "not finite", "grad_norm": f"{norm}", "keys": suspects})
-        raise NotFinite(
-            f"step {batch.step}: gradient norm {norm}, loss not finite for {', '.join(keys[:8])}"
-            + ("" if suspects else " (loss is finite for each sample alone; one of these)")
-        )
+    def _not_taken(self, batch: StepBatch, read: Read, because: str) -> StepBatch:
+        """Say what the step held and go on to the next one, whose learning rate and packs are as planned. Returns the
+        step as the ledger is to have it. Raises NotFinite where too many were skipped in a row."""
+        skips, rank = self.skips, self.trainer.global_rank
+        held = references(batch.numbers, batch.packs, [loss_S.tolist() for loss_S in read.losses])
+        everywhere: list[Any] = [[{"rank": rank, **pack} for pack in held]]
+        if self.trainer.world_size > 1:  # all ranks are here
+            everywhere = [None] * self.trainer.world_size
+            torch.distributed.all_gather_object(everywhere, [{"rank": rank, **pack} for pack in held])
+        packs = [pack for of_rank in everywhere for pack in of_rank]
+        if rank == 0:
+            why = {"number": batch.step, "because": because, "grad_norm": f"{read.norm}", "in_a_row": skips.in_a_row}
+            add_event(self.run, {"step": batch.step + 1, "event": "step skipped", **why, "packs": packs})
+        self.shown["skipped"] = skips.total
+        if skips.too_many:
+            wrong = [key for pack in packs for key in pack["not_finite"]]
+            samples = f"the loss of {', '.join(wrong[:8])} is not finite" if wrong else "each sample's loss is finite"
+            raise NotFinite(
+                f"step {batch.step}: {because}, gradient norm {read.norm}; {samples}. {skips.in_a_row} steps in a row "
+                f"were not taken (optim.max_skips={skips.most}). `make bisect SCALE={self.run.parent.name} "
+                f"NAME={self.run.name}` says whether it is the data and which sample; then the same command goes on"
+            )
+        return batch.not_taken("step not taken")
 
     def _after_step(self, batch: StepBatch, norm: float, lr: float, stop: float) -> None:
         """Files, validation, checkpoint, stop: all between steps."""
@@ -188,7 +205,7 @@ class StageModule(L.LightningModule):
         last = self.done == self.course.steps
         log = self.stage.log
         if self.done % log.every == 0 or last:
-            row = self.meter.row(self._sum_over_ranks)
+            row = self.skips.row(self.meter.row(self._sum_over_ranks))
             self.metrics.add({"step": self.done, "loss": row["loss"], "lr": lr, "grad_norm": norm, **row})
             self._log({"train/loss": row["loss"], "train/lr": lr, "train/grad_norm": norm})
             speed = self.speed.row(self._sum_over_ranks) | {"memory_gib": memory_gib(self.device)}
@@ -277,7 +294,7 @@ class StageModule(L.LightningModule):
         checkpoint["midasheng"] = {
             "step": self.done, "plan": self.plan_state, "sums": self._sum_over_ranks(self.meter.sums),
             "start_digests": self.start_digests, "seconds": self.seconds, "corpora": list(self.meter.corpora),
-            "world": self.trainer.world_size,
+            "world": self.trainer.world_size, "skips": self.skips.state(),
         }  # fmt: skip
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -285,6 +302,7 @@ class StageModule(L.LightningModule):
         own = checkpoint["midasheng"]
         self.done, self.plan_state, self.start_digests = own["step"], own["plan"], own["start_digests"]
         self.seconds = own["seconds"]
+        self.skips.restore(own["skips"])
         # the sums were reduced: one rank carries them on; with other corpora (a restarted plan) they begin again
         if self.trainer.global_rank == 0 and own["corpora"] == list(self.meter.corpora):
             self.meter.sums = own["sums"].clone()

@@ -18,6 +18,7 @@ from midasheng.train.module import StageModule
 
 SAID = (  # values of a row -> how they are said; what comes first is seen in a narrow terminal too
     (("loss",), "loss {:.3f}"),
+    (("skipped",), "STEPS SKIPPED {:.0f}"),
     (("val_loss",), "val {:.3f}"),
     (("listening",), "listening {:+.3f}"),
     (("audio_h_per_device_h",), "{:.3g} audio-h/h"),
@@ -68,7 +69,7 @@ class ProgressLine(L.Callback):
 
     def _show(self, trainer: L.Trainer, module: StageModule) -> None:
         shown, steps = module.shown, module.course.steps
-        new = {k for k, v in shown.items() if self.before.get(k) != v}
+        new = {k for k, v in shown.items() if str(self.before.get(k)) != str(v)}  # NaN is not new each time
         if self.terminal:
             brief = {k: v for k, v in shown.items() if k != "listening"}
             line = self.left(module.done, steps) + words(brief, trainer.world_size)
@@ -101,6 +102,8 @@ def ending(folder: Path) -> list[str]:
         first, last = rows[0], rows[-1]
         fall = last["val_loss"] / first["val_loss"] - 1
         lines[0] += f", validation loss {first['val_loss']:.3f} -> {last['val_loss']:.3f} ({fall:+.1%})"
+    if skipped := record.get("steps_skipped"):
+        lines.append(f"{skipped} steps were NOT TAKEN: loss or gradient was not finite, or jumped (events.jsonl)")
     lines += speed(folder)
     if rows:
         lines += verdict(last)

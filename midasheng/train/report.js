@@ -135,7 +135,7 @@ function words(e) {
   if (e.event === "resume") return `resumed at step ${e.step} on ${processes(e.world)} (before: ${e.world_before ?? "not known"})`;
   if (e.event === "start") return `started on ${processes(e.world)}`;
   if (e.event === "mix") return `mix changed from step ${e.from_step} on: ${Object.entries(e.percent || {}).map(([c, p]) => `${c} ${p} %`).join(", ")}`;
-  if (e.event === "not finite") return `step ${e.step} not taken: not finite, gradient norm ${e.grad_norm}${(e.keys || []).length ? `: ${e.keys.join(", ")}` : ""}`;
+  if (e.event === "step skipped") return `step ${e.number} NOT TAKEN: ${e.because}, gradient norm ${e.grad_norm}${(e.not_finite || []).length ? `: ${e.not_finite.join(", ")}` : ""}`;
   if (e.event === "plan restarted") return `new order of data: ${e.because}`;
   if (e.event === "checkpoint") return `checkpoint (${e.seconds} s)`;
   return String(e.event);

@@ -233,7 +233,7 @@ class Run:
         for file in (self.metrics, self.speeds):
             if file.damaged:
                 notes.append(f"{file.path.name}: {file.damaged} lines cannot be read and are left out")
-        events = _rows(self.folder / "events.jsonl")
+        events = [_brief(row) for row in _rows(self.folder / "events.jsonl")]
         steps = [*self.train["step"][-1:], *[_number(v.get("step")) for v in self.validations[-1:]]]
         done = int(max([s for s in steps if np.isfinite(s)], default=0))
         return {
@@ -420,6 +420,13 @@ class Run:
         """Audio of the answers that are shown: id -> data URI (FLAC, 16 kHz), or a sentence why there is none."""
         path, shown = self.folder / "answers.jsonl", self._answers()["shown"]
         return dict(self._once("clips", [path], lambda: read_clips(self.folder / "config.yaml", shown)))
+
+
+def _brief(event: dict[str, Any]) -> dict[str, Any]:
+    """An event for the page: of a skipped step's packs the first samples whose loss is not finite."""
+    packs = [_mapping(pack) for pack in event.get("packs") or ()]
+    wrong = [key for pack in packs for key in pack.get("not_finite") or ()]
+    return {k: v for k, v in event.items() if k != "packs"} | ({"not_finite": wrong[:8]} if wrong else {})
 
 
 def _stamp(path: Path) -> Any:
