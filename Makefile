@@ -22,6 +22,9 @@ TASK   ?=
 PROMPT ?=
 COLUMNS ?=
 AUDIO  ?=
+SUITE  ?=
+ONLY   ?=
+FOR    ?=
 PORT   ?=
 
 PY     := .venv/bin/python
@@ -36,7 +39,7 @@ ASKED   = $(if $(TASK),--task "$(TASK)") $(if $(PROMPT),--prompt "$(PROMPT)") $(
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data prepare check-data index finetune stage1 stage2 stage3 stages curves report watch peek audit chat export keys bench test test-browser lint
+.PHONY: help setup data prepare check-data index finetune stage1 stage2 stage3 stages curves report watch peek audit chat evaluate export keys bench test test-browser lint
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -105,6 +108,11 @@ chat: setup  ## ask a trained model: AUDIO=x.wav (or several) PROMPT="..."; with
 	@[ -n "$(AUDIO)" ] || { echo 'error: say what to listen to: make chat AUDIO=x.wav PROMPT="What is heard?"'; exit 2; }
 	@$(PY) -m stages.chat --scale "$(SCALE)" --runs "$(RUNS)" $(if $(NAME),--name "$(NAME)") \
 	  $(if $(PROMPT),--prompt "$(PROMPT)") --audio $(AUDIO) -- $(SET)
+
+evaluate: setup  ## run NAME on SUITE=mini|report|aero -> answers and a table (ONLY=score; FOR=lmms-eval|mecat|vllm)
+	@$(PY) -m stages.evaluate --scale "$(SCALE)" --runs "$(RUNS)" $(if $(NAME),--name "$(NAME)") \
+	  $(if $(SUITE),--suite "$(SUITE)") $(if $(ONLY),--only "$(ONLY)") $(if $(FOR),--format "$(FOR)") \
+	  $(if $(FRESH),--fresh) $(SET)
 
 curves: setup  ## draw the loss of every run of SCALE into $(RUNS)/$(SCALE)/curves.png, .svg and .csv, print a table
 	@$(PY) -m stages.curves --scale "$(SCALE)" --runs "$(RUNS)"

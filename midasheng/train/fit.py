@@ -11,6 +11,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence, Set
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,9 +33,9 @@ from midasheng.data.room import DataRoom, open_data, plan_data
 from midasheng.model import adapt, attention, kernels, loss, weights
 from midasheng.model.audio_lm import AudioLM
 from midasheng.model.encoder import EncoderShape
-from midasheng.model.sources import WeightsError, check_learned, check_stage, open_source, part_digests
+from midasheng.model.sources import WeightsError, check_learned, check_stage, open_source
 from midasheng.sample import counter_seed
-from midasheng.train import memory, optim, world
+from midasheng.train import checkpoint, memory, optim, world
 from midasheng.train.listening import ListeningTest
 from midasheng.train.meter import add_event
 from midasheng.train.module import StageModule
@@ -245,7 +246,8 @@ def fit(order: Order, ranks: World | None = None) -> None:
         print(f"{folder} is finished (NAME=... for another run, FRESH=1 to train it again)")
         return
     model, table, plan = build(order, starts)
-    text = header(order, data, kernels, memory.check(order, model, sources, data.budget)) + "\n" + table
+    lines = [*memory.check(order, model, sources, data.budget), checkpoint.check_room(folder, model, stage)]
+    text = header(order, data, kernels, lines) + "\n" + table
     ranks.alike(words(order, inputs, state, without))
     if first:
         print(text)
@@ -266,8 +268,8 @@ def train(
 ) -> None:  # fmt: skip
     """Train from step 0 or from the checkpoint, then write weights/. `without`: what is quarantined."""
     stage, folder, hardware = order.stage, order.folder, order.stage.hardware
-    resume = folder / "checkpoints" / "last.ckpt"
-    saved = torch.load(resume, map_location="cpu", weights_only=True)["midasheng"] if resume.is_file() else None
+    resume = folder / "checkpoints" / checkpoint.LAST
+    saved = checkpoint.read(resume) if resume.is_file() else None
     changed = differences(saved["plan"]["fingerprint"], planner.fingerprint()) if saved else ""
     if saved and changed and stage.data.on_change == "restart_plan":
         restart_plan(folder, planner, saved["step"], changed)
@@ -276,14 +278,13 @@ def train(
     elif calibrates(stage, data.corpora):
         clips = first_clips(data.planner(stage.run.seed), data.corpora, CALIBRATION_CLIPS)
         model.audio_encoder.init_bn.calibrate(model.audio_encoder.log_mel(torch.from_numpy(c)) for c in clips)
-    digests, steps_done = part_digests(adapt.base_state(model)), saved["step"] if saved else 0
-    # behind it nobody reads any more what the first process is about to trim
-    ranks.alike({"weights": world.short(digests), "checkpoint": str(steps_done)})
     module = StageModule(
         model, stage, data.course, [c.card.name for c in data.corpora],
-        ListeningTest(data.held_out, folder, stage.data.answers), folder, digests, ranks.stop,
+        ListeningTest(data.held_out, folder, stage.data.answers), folder, ranks.stop, saved,
     )  # fmt: skip
-    ranks.tell = partial(tell, module, steps_done)
+    # behind it nobody reads any more what the first process is about to trim
+    ranks.alike({"weights": world.short([module.start_digests, module.base]), "checkpoint": str(module.done)})
+    ranks.tell, steps_done = partial(tell, module), module.done
     trainer = L.Trainer(
         accelerator=hardware.accelerator, devices=hardware.devices, num_nodes=hardware.nodes,
         strategy="ddp" if hardware.devices * hardware.nodes > 1 else "auto",
@@ -311,24 +312,21 @@ def train(
     if saved and is_first():
         aside = f"; {len(without)} samples are in {folder / FILE}" if without else ""
         print(f"resuming at step {steps_done} of {data.course.steps}{aside}")
-    if saved is None or steps_done < data.course.steps:
+    if steps_done < data.course.steps:  # else it was killed between its last step and the hand-off
         loader = train_loader(
             planner, data.corpora, data.chat, data.course.steps, rank=trainer.global_rank, world=trainer.world_size,
             workers=hardware.workers, prefetch=hardware.prefetch, without=without,
         )  # fmt: skip
         notes = loader.dataset.notes  # type: ignore[attr-defined]
         module.data_at = lambda step: notes.where(step, data.corpora)
-        with stoppable(ranks.stop):
+        del saved
+        with stoppable(ranks.stop), module.writer:
             try:
-                trainer.fit(module, loader, ckpt_path=resume if saved else None, weights_only=True)
+                trainer.fit(module, loader)
             except Exception as error:
                 if (explained := in_words(error, module.done)) is error:
                     raise
                 raise explained from error
-    else:  # trained to the end, then killed before the hand-off
-        module.load_state_dict(torch.load(resume, map_location="cpu", weights_only=True)["state_dict"])
-        module.done, module.start_digests, module.seconds = steps_done, saved["start_digests"], saved["seconds"]
-        module.skips.restore(saved["skips"])
     if trainer.is_global_zero:
         record = {
             "stage": stage.name, "name": order.name, "scale": order.scale, "steps": module.done,
@@ -388,10 +386,10 @@ def in_words(error: BaseException, step: int) -> BaseException:
     return error
 
 
-def tell(module: StageModule, saved: int, event: dict[str, Any]) -> None:
+def tell(module: StageModule, event: dict[str, Any]) -> None:
     """A row of events.jsonl at the last checkpoint, where a resume begins: it keeps what stands there."""
     if is_first():
-        add_event(module.run, {"step": module.saved or saved, "at_step": module.done} | event)
+        add_event(module.run, {"step": module.saved, "at_step": module.done} | event)
 
 
 class Fails(L.Callback):
@@ -443,6 +441,7 @@ def run_stage(
             if prepare:
                 order = command_line(default, [*ranks.of_first("preparing the data", prepare), *(argv or sys.argv[1:])])
             fit(order, ranks)
+            ranks.of_first("the end", lambda: None)
         status = 0
     except Elsewhere:
         pass
@@ -460,9 +459,11 @@ def run_stage(
         status = PREEMPTED_STATUS if stopped.preempted else 130
         if not stopped.voted:
             ranks.fail(NOT_TRAINING)
-        if ranks.first and stopped.voted:
-            saved = order.folder / "checkpoints" / "last.ckpt"
+        elif ranks.first:
+            saved = order.folder / "checkpoints" / checkpoint.LAST
             print(f"stopped; {saved} holds everything: the same command goes on from there")
+        with suppress(Elsewhere):  # a launcher that sees one process end may end rank 0, which writes
+            ranks.of_first("the end", lambda: None)
     except Exception as error:
         ranks.fail(world.last_line(error), of_a_collective=world.broken_collective(error))
         if ranks.size == 1:

@@ -139,7 +139,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 EVENTS = {
     "start": {"world"},  # training begins, on so many processes
     "resume": {"world", "world_before"},  # it goes on from a checkpoint; None: the checkpoint did not say
-    "checkpoint": {"seconds"},
+    # until it was in place, and how long of them training stood still; is it best.ckpt too?
+    "checkpoint": {"seconds", "waited", "bytes", "best"},
     "mix": {"from_step", "percent"},  # the shares change
     "plan restarted": {"because"},  # a new order of data
     # a step was not taken: its number in plan and ledger, how many in a row, and what its packs held (skips.references)

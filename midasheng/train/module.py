@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
+import math
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -22,14 +22,17 @@ from midasheng.data.loader import StepBatch, steps_ahead
 from midasheng.data.manifest import MixFile
 from midasheng.data.plan import Planner
 from midasheng.data.room import Course
+from midasheng.model import adapt
 from midasheng.model.audio_lm import AudioLM
 from midasheng.model.flops import cost, peak
+from midasheng.model.sources import part_digests
 from midasheng.sample import counter_seed
+from midasheng.train import checkpoint
 from midasheng.train.listening import ListeningTest
 from midasheng.train.meter import Meter, MetricsFile, Speed, add_event, memory_gib
 from midasheng.train.optim import clip, learning_rate, optimizer
 from midasheng.train.skips import NotFinite, Skips, references
-from midasheng.train.world import PREEMPTED, Stopped, StopRequest, Waiting, World
+from midasheng.train.world import PREEMPTED, Stopped, StopRequest, Waiting, World, is_first
 
 
 class Read(NamedTuple):
@@ -46,20 +49,21 @@ class Read(NamedTuple):
 class StageModule(L.LightningModule):
     """Trains AudioLM for one stage.
 
-    `done` counts finished steps; it, the plan's state and the sums since the last row travel in the checkpoint.
-    Lightning's own loop counters do not: a resume is a new fit whose loader begins at step `done`, so none of
-    Lightning's restart rules can repeat or skip a batch.
+    `done` counts finished steps; it, the plan's state and the sums since the last row travel in the checkpoint
+    (train/checkpoint.py), which is ours and not Lightning's: a resume is a new fit whose loader begins at step `done`,
+    so none of Lightning's restart rules can repeat or skip a batch.
     """
 
     def __init__(
         self, model: AudioLM, stage: Stage, course: Course, corpora: Sequence[str], test: ListeningTest,
-        run: Path, start_digests: dict[str, str], stop: StopRequest,
+        run: Path, stop: StopRequest, saved: dict[str, Any] | None,
     ) -> None:  # fmt: skip
+        """`saved`: the checkpoint that the run goes on from."""
         super().__init__()
         self.automatic_optimization = False
         self.model = model
         self.stage, self.course, self.run = stage, course, run
-        self.test, self.start_digests, self.stop = test, start_digests, stop
+        self.test, self.stop = test, stop
         self.meter, self.skips = Meter(corpora), Skips(stage.optim)
         self.done, self.saved = 0, 0  # finished steps; those that the last checkpoint of this process holds
         self.began, self.seconds = time.monotonic(), 0.0  # training up to the last checkpoint, over all resumes
@@ -68,9 +72,18 @@ class StageModule(L.LightningModule):
         self.mix_file = MixFile(run / "mix.yaml", corpora)
         self.shown: dict[str, float] = {}  # for the progress line
         self.ledger: Ledger | None = None
+        self.best: dict[str, float] | None = None  # step and val_loss of the lowest validation loss
         self.world = World()
         self.data_at: Callable[[int], str] = lambda step: "?"  # which record holds the data of a step up
         self.left: float | None = None  # when the training thread went to fetch the next batch
+        self.base = checkpoint.base_digests(model)
+        self.optimizer_saved: dict[str, Any] | None = None  # until the optimizer is there
+        if saved is None:
+            self.start_digests = part_digests(adapt.base_state(model))
+        else:
+            self._go_on(saved)
+        beside = [run / name for name in ("metrics.jsonl", "speed.jsonl", "events.jsonl", "skipped.jsonl")]
+        self.writer = checkpoint.Writer(run / "checkpoints", beside, self.done if saved else None)
 
     # -- Lightning's hooks ------------------------------------------------------------------------------------------
 
@@ -82,6 +95,12 @@ class StageModule(L.LightningModule):
         """Open the files; validate at step 0."""
         rank = self.trainer.global_rank
         assert self.planner is not None
+        if self.optimizer_saved is not None:
+            checkpoint.restore_optimizer(self.model, self._optimizer(), self.optimizer_saved, self.last)
+            self.optimizer_saved = None
+        wrapper = self.trainer.strategy.model
+        if isinstance(wrapper, DistributedDataParallel):
+            checkpoint.settle_buckets(wrapper)
         self.mix_file.follow(self.planner.changes())
         self.metrics = MetricsFile(self.run / "metrics.jsonl", self.done, write=rank == 0)
         self.speeds = MetricsFile(self.run / "speed.jsonl", self.done, write=rank == 0)
@@ -202,8 +221,9 @@ class StageModule(L.LightningModule):
         """Files, validation, checkpoint, stop: all between steps."""
         assert self.ledger is not None
         self.ledger.step(batch.step, batch.trained, batch.checksum, batch.skipped)
+        self.writer.check()
         last = self.done == self.course.steps
-        log = self.stage.log
+        log, best = self.stage.log, False
         if self.done % log.every == 0 or last:
             row = self.skips.row(self.meter.row(self._sum_over_ranks))
             self.metrics.add({"step": self.done, "loss": row["loss"], "lr": lr, "grad_norm": norm, **row})
@@ -213,12 +233,13 @@ class StageModule(L.LightningModule):
             self._log({f"speed/{name}": value for name, value in speed.items()})
             self._follow_mix_file()
         if self.done % log.val_every == 0 or last:
-            self._validate(ends=last)
+            best = self._validate(ends=last) and log.keep_best
         if last and self.trainer.global_rank == 0 and self.stage.data.answers:
             self.test.answer(self.model)
-        if self.done % log.checkpoint_every == 0 or last or stop:
-            self.save()
+        if self.done % log.checkpoint_every == 0 or last or stop or best:
+            self.save(best=best)
         if stop and not last:
+            self.writer.wait()
             if self.trainer.global_rank == 0:
                 add_event(self.run, {"step": self.done, "event": "stop"})
             raise Stopped(preempted=stop >= PREEMPTED, voted=True)
@@ -255,8 +276,9 @@ class StageModule(L.LightningModule):
     def _world(self) -> tuple[int, int, Callable[[Tensor], Tensor]]:
         return self.trainer.global_rank, self.trainer.world_size, self._sum_over_ranks
 
-    def _validate(self, *, ends: bool) -> None:
-        """Held-out loss and listening difference; `ends`: at the start and the end of the stage, all that is asked."""
+    def _validate(self, *, ends: bool) -> bool:
+        """Held-out loss and listening difference; `ends`: at the start and the end of the stage, all that is asked. Is
+        the loss the lowest of the run so far, the start left out?"""
         self.model.eval()
         with self.speed.paused():
             row = self.test.row(self.model, *self._world(), ends=ends)
@@ -264,46 +286,61 @@ class StageModule(L.LightningModule):
         self.metrics.add({"step": self.done, **row})
         heard = {"val/listening": row["listening"]["difference"]} if row.get("listening") else {}
         self._log({"val/val_loss": row["val_loss"], **heard})
+        best = self.done > 0 and row["val_loss"] < (self.best["val_loss"] if self.best else math.inf)
+        if best:
+            self.best = {"step": self.done, "val_loss": row["val_loss"]}
+        return best
 
     # -- checkpoints ------------------------------------------------------------------------------------------------
 
     @property
-    def checkpoint(self) -> Path:
+    def last(self) -> Path:
         """Where a run resumes from."""
-        return self.run / "checkpoints" / "last.ckpt"
+        return self.run / "checkpoints" / checkpoint.LAST
 
-    def save(self) -> None:
-        """Write checkpoints/last.ckpt; a kill while writing leaves the former one whole."""
+    def save(self, *, best: bool = False) -> None:
+        """Begin to write checkpoints/last.ckpt, and best.ckpt; the steps that follow do not wait for the disk."""
         assert self.ledger is not None
         assert self.planner is not None
+        began = time.monotonic()
+        self.writer.wait()
         # a change that was announced after this step was planned must not be forgotten by a resume
         self.plan_state = {**self.plan_state, "events": self.planner.changes()}
         self.ledger.flush(self.plan_state)
-        part, began = self.checkpoint.with_suffix(".part"), time.monotonic()
-        self.trainer.save_checkpoint(part)
-        self.saved = self.done
-        if self.trainer.global_rank == 0:
-            os.replace(part, self.checkpoint)
-            seconds = round(time.monotonic() - began, 3)
-            add_event(self.run, {"step": self.done, "event": "checkpoint", "seconds": seconds})
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Our own state beside Lightning's."""
-        now = time.monotonic()
-        self.seconds, self.began = self.seconds + now - self.began, now
-        checkpoint["midasheng"] = {
-            "step": self.done, "plan": self.plan_state, "sums": self._sum_over_ranks(self.meter.sums),
-            "start_digests": self.start_digests, "seconds": self.seconds, "corpora": list(self.meter.corpora),
-            "world": self.trainer.world_size, "skips": self.skips.state(),
+        sums = self._sum_over_ranks(self.meter.sums)  # behind it all ranks' ledgers are on the disk
+        self.seconds, self.began = self.seconds + began - self.began, began
+        if self.trainer.global_rank > 0:
+            return
+        content = {
+            "format": checkpoint.FORMAT, "step": self.done, "plan": self.plan_state, "sums": sums,
+            "corpora": list(self.meter.corpora), "seconds": self.seconds, "world": self.trainer.world_size,
+            "start_digests": self.start_digests, "base": self.base, "best": self.best,
+            "skips": self.skips.state(),
+            "learned": checkpoint.learned(self.model),
+            "optimizer": checkpoint.optimizer_state(self.model, self._optimizer()),
         }  # fmt: skip
+        event = {"step": self.done, "event": "checkpoint", "best": best}
+        content = checkpoint.copied(content)
+        waited = round(time.monotonic() - began, 3)
 
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take back our own state, and none of Lightning's loop counters."""
-        own = checkpoint["midasheng"]
-        self.done, self.plan_state, self.start_digests = own["step"], own["plan"], own["start_digests"]
-        self.seconds = own["seconds"]
-        self.skips.restore(own["skips"])
+        def written(size: int) -> None:
+            seconds, self.saved = round(time.monotonic() - began, 3), content["step"]
+            add_event(self.run, event | {"seconds": seconds, "waited": waited, "bytes": size})
+
+        self.writer.write(content, [checkpoint.LAST, *([checkpoint.BEST] if best else [])], written)
+
+    def _go_on(self, saved: dict[str, Any]) -> None:
+        """Take back what a checkpoint holds, but for the optimizer, which Lightning makes later."""
+        checkpoint.restore(self.model, saved, self.last)
+        self.optimizer_saved = saved
+        self.done, self.plan_state, self.start_digests = saved["step"], saved["plan"], saved["start_digests"]
+        self.saved, self.seconds, self.best = self.done, saved["seconds"], saved["best"]
+        self.skips.restore(saved["skips"])
         # the sums were reduced: one rank carries them on; with other corpora (a restarted plan) they begin again
-        if self.trainer.global_rank == 0 and own["corpora"] == list(self.meter.corpora):
-            self.meter.sums = own["sums"].clone()
-        checkpoint.pop("loops", None)
+        if is_first() and saved["corpora"] == list(self.meter.corpora):
+            self.meter.sums = saved["sums"].clone()
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        wrapped = self.optimizers()
+        assert isinstance(wrapped, LightningOptimizer)
+        return wrapped.optimizer

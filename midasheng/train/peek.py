@@ -5,6 +5,7 @@ What it asks the model for is judged by data/peek.py; here it is shown.
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,7 +26,8 @@ from midasheng.model import weights
 from midasheng.model.audio_lm import AudioLM
 from midasheng.model.sources import open_source
 from midasheng.sample import NO_TARGET, Pack
-from midasheng.train.fit import build
+from midasheng.train import checkpoint
+from midasheng.train.fit import build, open_starts
 from midasheng.train.order import Order
 
 BOLD, DIM, GREEN, CYAN, RED, PLAIN = "\x1b[1m", "\x1b[2m", "\x1b[32m", "\x1b[36m", "\x1b[1;31m", "\x1b[0m"
@@ -39,18 +41,20 @@ def model_of_run(stage: Stage, folder: Path, chat: Chat) -> tuple[AudioLM, str] 
     """The model of a run in eval mode, and where its weights come from: weights/ of a finished run, read as the next
     stage reads them, else its last checkpoint; None before the first. Raises UserError."""
     bare = replace(stage.hardware, liger=False, compile=False, recompute=[])
-    checkpoint = folder / "checkpoints" / "last.ckpt"
+    last = folder / "checkpoints" / checkpoint.LAST
     if (folder / "weights" / "stage.json").is_file():
         own = replace(stage, hardware=bare, start=[], fresh=[], lora=replace(stage.lora, inherit="carry"))
         starts = [weights.Start(open_source(str(folder)), ("*",))]
         weights.check_tokenizer(starts[0], chat.fingerprint())
         model, where = build(_order(own, folder), starts)[0], str(folder / "weights")
-    elif checkpoint.is_file():
-        own = replace(stage, hardware=bare, start=[], fresh=["*"])
-        model = build(_order(own, folder), [])[0]
-        saved = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        model.load_state_dict({n.removeprefix("model."): t for n, t in saved["state_dict"].items()})
-        where = f"{checkpoint}, step {saved['midasheng']['step']}"
+    elif last.is_file():
+        # what is frozen comes from where the run's own weights came from, under whatever name (FROM) it was asked for
+        parents = json.loads((folder / "inputs.json").read_text(encoding="utf-8"))["parents"]
+        own = replace(stage, hardware=bare, start=[{"from": p["from"], "take": p["take"]} for p in parents])
+        order = _order(own, folder)
+        model, saved = build(order, open_starts(order))[0], checkpoint.read(last)
+        checkpoint.restore(model, saved, last)
+        where = f"{last}, step {saved['step']}"
     else:
         return None
     return model.eval(), where

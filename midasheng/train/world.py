@@ -102,7 +102,7 @@ def start_here(processes: int) -> int:
         for n, code in enumerate(codes):
             if code is not None and code < 0:
                 said.compare_set(FAILED, "", _told(n, f"the process was ended by {signal.Signals(-code).name}"))
-        if until is None and any(codes):
+        if until is None and said.check([FAILED]):
             until = time.monotonic() + ALL_GONE_S
         if until is not None and time.monotonic() > until:
             for child in children:

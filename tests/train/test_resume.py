@@ -22,6 +22,7 @@ from midasheng.data import plan as plan_room
 from midasheng.data.ledger import frames_of, read_ledger
 from midasheng.data.loader import steps_ahead
 from midasheng.data.room import read_data
+from midasheng.train import checkpoint
 from midasheng.train import fit as fit_room
 from midasheng.train import order as order_room
 from midasheng.train.meter import add_event, read_metrics
@@ -212,9 +213,7 @@ def test_ctrl_c_saves_says_how_to_go_on_and_goes_on(tiny, tmp_path):
     output, _ = process.communicate(timeout=120)
     assert process.returncode == 130, output
     assert "the same command goes on from there" in output
-    done = torch.load(tmp_path / "parts/mini/stage1_align/checkpoints/last.ckpt", weights_only=True)["midasheng"][
-        "step"
-    ]
+    done = checkpoint.read(tmp_path / "parts/mini/stage1_align/checkpoints/last.ckpt")["step"]
     assert 3 <= done < 40
     again = subprocess.run(args, cwd=ROOT, capture_output=True, text=True, timeout=240, check=False)
     assert again.returncode == 0, again.stdout + again.stderr
@@ -285,8 +284,8 @@ def on_two(folder: Path, tiny: Tiny, patch: str = "", **more: object) -> subproc
     )  # fmt: skip
 
 
-def optimizer_groups(checkpoint: Path) -> list[dict]:
-    return torch.load(checkpoint, weights_only=True)["optimizer_states"][0]["param_groups"]
+def optimizer_groups(path: Path) -> list[dict]:
+    return checkpoint.read(path)["optimizer"]["param_groups"]
 
 
 @pytest.fixture(scope="module")
@@ -544,7 +543,7 @@ def test_going_on_in_a_new_order_when_asked_for(tiny, tmp_path, monkeypatch, own
     before = order_for("stage1_align", tiny, runs, **more)
     stopped_run(tiny, runs, monkeypatch, 2, **more)
     old = planned(before, 3)
-    saved = torch.load(before.folder / "checkpoints/last.ckpt", weights_only=True)
+    saved = checkpoint.read(before.folder / "checkpoints/last.ckpt")
     more |= change(tmp_path)
     with pytest.raises(ConfigError, match=refusal):
         run_stage("stage1_align", tiny, runs, **more)
@@ -553,19 +552,19 @@ def test_going_on_in_a_new_order_when_asked_for(tiny, tmp_path, monkeypatch, own
 
     def watched(self, batch, batch_idx):
         if not seen:
-            state = self.optimizers().optimizer.state_dict()["state"]
-            seen.append((batch.step, {n: t.clone() for n, t in self.state_dict().items()}, dict(state)))
+            state = checkpoint.optimizer_state(self.model, self.optimizers().optimizer)["state"]
+            seen.append((batch.step, {n: t.clone() for n, t in checkpoint.learned(self.model).items()}))
             assert {int(s["step"]) for s in state.values()} == {3}
-            assert state.keys() == saved["optimizer_states"][0]["state"].keys()
+            assert state.keys() == saved["optimizer"]["state"].keys()
         training_step(self, batch, batch_idx)
 
     with monkeypatch.context() as patch:
         patch.setattr(StageModule, "training_step", watched)
         stopped_run(tiny, runs, patch, 5, **more, data__on_change="restart_plan")
-    step, weights, _ = seen[0]
+    step, weights = seen[0]
     assert step == 3
-    assert weights.keys() == saved["state_dict"].keys()
-    assert all(torch.equal(weights[n], t) for n, t in saved["state_dict"].items())
+    assert weights.keys() == saved["learned"].keys()
+    assert all(torch.equal(weights[n], t) for n, t in saved["learned"].items())
     order = order_for("stage1_align", tiny, runs, **more)
     folder = run_stage("stage1_align", tiny, runs, **more)  # the new order is now the run's own
     assert ledger_rows(folder) == planned(order, 8, restart=3)
@@ -635,12 +634,12 @@ def test_what_happens_to_a_run_stands_in_events_once(tiny, tmp_path, monkeypatch
     assert happened(folder) == [(0, "start"), (2, "checkpoint"), (2, "stop")]
     saved, seen = StageModule.save, []
 
-    def dies_while_saving(self):
+    def dies_while_saving(self, **more):
         if self.done == 6:
             seen.extend(happened(folder))
-            add_event(folder, {"step": 6, "event": "checkpoint", "seconds": 1})
+            add_event(folder, {"step": 6, "event": "checkpoint", "seconds": 1, "waited": 0, "bytes": 1, "best": False})
             raise MemoryError
-        saved(self)
+        saved(self, **more)
 
     with monkeypatch.context() as patch:
         patch.setattr(StageModule, "save", dies_while_saving)

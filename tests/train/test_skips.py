@@ -16,6 +16,7 @@ from midasheng.config import ConfigError, Optim, UserError
 from midasheng.data.audit import RunLedger
 from midasheng.data.room import read_data
 from midasheng.model.audio_lm import AudioLM
+from midasheng.train import checkpoint
 from midasheng.train import skips as room
 from midasheng.train.meter import read_metrics
 from midasheng.train.module import StageModule
@@ -213,7 +214,7 @@ def test_too_many_in_a_row_stop_the_run_with_the_sample_and_what_to_write(bad, w
             run_stage("stage1_align", bad, tmp_path, **RUN, optim__max_skips=1)
     folder = tmp_path / "mini/stage1_align"
     assert len(all_events(folder, "step skipped")) == 1
-    saved = torch.load(folder / "checkpoints/last.ckpt", weights_only=True)["midasheng"]
+    saved = checkpoint.read(folder / "checkpoints/last.ckpt")
     assert saved["step"] == BAD
 
 

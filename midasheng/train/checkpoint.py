@@ -1,0 +1,318 @@
+"""Checkpoints to resume from: what training changes and a hash of the rest, written beside the steps, whole or not."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import threading
+import zipfile
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+
+from midasheng.config import Stage, UserError
+from midasheng.model import adapt
+from midasheng.model.audio_lm import AudioLM
+from midasheng.model.sources import part_digests
+from midasheng.train.optim import state_bytes
+
+LAST, BEST = "last.ckpt", "best.ckpt"
+FORMAT = 2  # 1 held all weights, frozen ones too, and bore no number
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be read, does not fit the run, or could not be written."""
+
+
+# -- what is in it -----------------------------------------------------------------------------------------------------
+
+
+def learned(model: AudioLM) -> dict[str, Tensor]:
+    """What a resume cannot get anywhere else: parameters that learn, and buffers (init_bn is calibrated before step 0).
+    The tensors are the model's own."""
+    kept = model.state_dict().keys()
+    found = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    return found | {n: b for n, b in model.named_buffers() if n in kept}
+
+
+def base_digests(model: AudioLM) -> dict[str, str]:
+    """Part -> hash of its tensors that a checkpoint does not hold: they come from `start` again, and must be equal."""
+    held = {n.replace(".base_layer.", ".") for n in learned(model)}
+    return part_digests({n: t for n, t in adapt.base_state(model).items() if n not in held})
+
+
+def _names(model: AudioLM, optimizer: torch.optim.Optimizer) -> list[list[str]]:
+    """Names of each group's parameters."""
+    names = {id(p): n for n, p in model.named_parameters()}
+    return [[names[id(p)] for p in group["params"]] for group in optimizer.param_groups]
+
+
+def optimizer_state(model: AudioLM, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Its state_dict with parameters under their names, not numbers."""
+    saved, names = optimizer.state_dict(), _names(model, optimizer)
+    by_number = dict(zip(chain.from_iterable(g["params"] for g in saved["param_groups"]), chain(*names), strict=True))
+    groups = [group | {"params": n} for group, n in zip(saved["param_groups"], names, strict=True)]
+    return {"state": {by_number[k]: v for k, v in saved["state"].items()}, "param_groups": groups}
+
+
+def copied(value: Any) -> Any:
+    """A copy on the host that the next step does not change; each tensor with memory of its own size."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True).contiguous()
+    if isinstance(value, dict):
+        return {key: copied(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(copied(v) for v in value)
+    return value
+
+
+def size_bytes(model: AudioLM, optimizer: str) -> int:
+    """What a checkpoint of this model takes on the disk, from its shapes alone, rounded up."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    tensors = sum(t.nbytes for t in learned(model).values()) + state_bytes(trained, optimizer)
+    # of each tensor its name, its place in the file and what the archive says of it, of the model and of two moments
+    return tensors + 2**20 + 4 * 2**10 * len(trained)
+
+
+# -- reading it --------------------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A whole checkpoint. Raises CheckpointError for one that is damaged, or that an older version wrote."""
+    best, way = path.with_name(BEST), "FRESH=1 begins anew"
+    if best.is_file() and best != path:
+        way = f"`cp {best} {path}` goes on from the best one, or {way}"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            bad = archive.testzip()  # torch does not look at the checksums that it writes
+        if bad:
+            raise zipfile.BadZipFile(f"{bad} in it is not what was written")
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, RuntimeError, OSError) as error:
+        why = " ".join(str(error).split())[:200] or type(error).__name__
+        raise CheckpointError(f"{path} is damaged ({path.stat().st_size:,} bytes: {why}); {way}") from None
+    if not isinstance(saved, dict) or saved.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} was written by an older version of this code, which kept the frozen weights too: end that run "
+            "with the version that began it, or train it again with FRESH=1"
+        )
+    return saved
+
+
+def restore(model: AudioLM, saved: dict[str, Any], path: Path) -> None:
+    """Give the model back what it had learned. Raises CheckpointError when key sets, shapes, dtypes or the frozen rest
+    are not those of the checkpoint."""
+    ours, theirs = learned(model), saved["learned"]
+    if missing := sorted(ours.keys() - theirs.keys()):
+        raise CheckpointError(f"{path} lacks {len(missing)} tensors that learn here, the first {missing[0]}")
+    if surplus := sorted(theirs.keys() - ours.keys()):
+        raise CheckpointError(f"{path} holds {len(surplus)} tensors that do not learn here, the first {surplus[0]}")
+    for name, tensor in theirs.items():
+        there, here = (f"{t.dtype} {tuple(t.shape)}" for t in (tensor, ours[name]))
+        if there != here:
+            raise CheckpointError(f"{path}: {name} is {there}, this model's {here}")
+    for part, digest in base_digests(model).items():
+        if saved["base"][part] != digest:
+            raise CheckpointError(
+                f"{path}: what is frozen in {part} is not what this run was trained on: its `start` holds other "
+                "weights now. Put the former ones back, or train this stage again with FRESH=1"
+            )
+    with torch.no_grad():
+        for name, tensor in theirs.items():
+            ours[name].copy_(tensor)
+
+
+def restore_optimizer(model: AudioLM, optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: Path) -> None:
+    """Give the optimizer back its state. Raises CheckpointError when it was over other parameters, or their state has
+    another size."""
+    state, names = saved["optimizer"]["state"], _names(model, optimizer)
+    parameters = dict(model.named_parameters())
+    if [group["params"] for group in saved["optimizer"]["param_groups"]] != names:
+        raise CheckpointError(f"{path}: its optimizer holds other parameters, or in other groups, than this run's")
+    if surplus := sorted(state.keys() - set(chain(*names))):
+        raise CheckpointError(f"{path}: state of {surplus[0]}, which the optimizer does not hold")
+    for name, of in state.items():
+        moments = {k: t for k, t in _flat(of) if k in ("exp_avg", "exp_avg_sq", "state1", "state2")}
+        wrong = [k for k, t in moments.items() if t.shape != parameters[name].shape]
+        if wrong or len(moments) != 2:
+            raise CheckpointError(f"{path}: {name}: its optimizer state {wrong or sorted(of)} does not fit this run's")
+    number = {name: n for n, name in enumerate(chain(*names))}
+    groups = [group | {"params": [number[n] for n in group["params"]]} for group in saved["optimizer"]["param_groups"]]
+    optimizer.load_state_dict({"state": {number[n]: of for n, of in state.items()}, "param_groups": groups})
+
+
+def _flat(state: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+    for key, value in state.items():
+        if isinstance(value, dict):  # bitsandbytes puts its 8-bit states one deeper
+            yield from _flat(value)
+        else:
+            yield key, value
+
+
+# -- writing it --------------------------------------------------------------------------------------------------------
+
+
+class _Telling(io.BufferedWriter):
+    """A file that remembers why it could not be written: torch says "unexpected pos" where no space was left."""
+
+    error: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """As ever."""
+        try:
+            return super().write(data)
+        except OSError as error:
+            self.error = self.error or error
+            raise
+
+
+def write(content: dict[str, Any], folder: Path, names: Sequence[str]) -> int:
+    """Write a checkpoint under these names, each all or nothing: beside, to the disk itself, and renamed. Returns its
+    bytes. Raises OSError."""
+    part = folder / "checkpoint.part"
+    try:
+        with _Telling(io.FileIO(part, "w")) as file:
+            try:
+                torch.save(content, file)
+            except RuntimeError as error:
+                raise (file.error or error) from None
+            file.flush()
+            os.fsync(file.fileno())
+            size = file.tell()
+        for name in names[1:]:
+            other = folder / f"{name}.part"
+            other.unlink(missing_ok=True)
+            try:
+                os.link(part, other)
+            except OSError:  # a file system without hard links
+                shutil.copyfile(part, other)
+                sync(other)
+            os.replace(other, folder / name)
+        os.replace(part, folder / names[0])
+        sync(folder)
+    except BaseException:
+        for path in folder.glob("*.part"):  # its space may be what is missing
+            path.unlink(missing_ok=True)
+        raise
+    return size
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+class Writer:
+    """Writes checkpoints into a folder beside the steps that follow, one at a time; around a run, as a context.
+
+    `beside`: files that a resume goes on with; they are brought to the disk before the checkpoint takes its place, so
+    none of them is behind it. An error of the writing thread reaches the run at its next step, the next checkpoint or
+    its end, as a CheckpointError.
+    """
+
+    def __init__(self, folder: Path, beside: Sequence[Path], whole: int | None) -> None:
+        self.folder, self.beside = folder, tuple(beside)
+        self.whole = whole  # step of last.ckpt
+        self.thread: threading.Thread | None = None
+        self.failed: CheckpointError | None = None
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._join()
+        if kind is None:
+            self.check()
+
+    def write(self, content: dict[str, Any], names: Sequence[str], written: Callable[[int], None]) -> None:
+        """Begin to write `content`, which nobody may change any more; `written` is called with its bytes when it is in
+        place, in the writer's thread."""
+        self.wait()
+        self.thread = threading.Thread(target=self._write, args=(content, names, written), name="checkpoint")
+        self.thread.start()
+
+    def wait(self) -> None:
+        """Until the checkpoint that is being written is in place. Raises CheckpointError."""
+        self._join()
+        self.check()
+
+    def check(self) -> None:
+        """Raises CheckpointError when a checkpoint could not be written."""
+        if self.failed is not None:
+            raise self.failed
+
+    def _join(self) -> None:
+        if self.thread is not None:
+            self.thread.join()
+            self.thread = None
+
+    def _write(self, content: dict[str, Any], names: Sequence[str], written: Callable[[int], None]) -> None:
+        step = int(content["step"])
+        try:
+            for path in self.beside:
+                if path.is_file():
+                    sync(path)
+            size = write(content, self.folder, names)
+            self.whole = step
+            written(size)
+        except Exception as error:  # whatever it is, it must reach the run
+            former = (
+                f"{self.folder / LAST} of step {self.whole} is whole" if self.whole is not None else "there is none yet"
+            )
+            self.failed = CheckpointError(
+                f"the checkpoint of step {step} could not be written to {self.folder}: {error}; {former}. Mend what is "
+                "in the way and give the same command again"
+            )
+            self.failed.__cause__ = error
+
+
+# -- before step 0 -----------------------------------------------------------------------------------------------------
+
+
+def check_room(folder: Path, model: AudioLM, stage: Stage) -> str:
+    """Will the disk hold what this run writes? Returns a line that says so. Raises UserError.
+
+    A new checkpoint lies beside the former ones until it is whole, and weights/ beside the last checkpoint.
+    """
+    one = size_bytes(model, stage.optim.name)
+    weights = sum(t.nbytes for t in chain(adapt.base_state(model).values(), adapt.lora_state(model).values()))
+    need = one * (1 + stage.log.keep_best) + max(one, weights)
+    there = sum(
+        p.stat().st_size for sub in ("checkpoints", "weights") for p in (folder / sub).rglob("*") if p.is_file()
+    )
+    place = next(p for p in (folder, *folder.absolute().parents) if p.is_dir())
+    free = shutil.disk_usage(place).free
+    if free + there < need:
+        raise UserError(
+            f"{folder}: checkpoints and weights/ need {need / 1e9:.2f} GB, there are {(free + there) / 1e9:.2f} GB: a "
+            f"checkpoint is {one / 1e9:.2f} GB ({2 + stage.log.keep_best} of them while one is written), weights/ "
+            f"{weights / 1e9:.2f} GB. Make room, or write RUNS=FOLDER on another disk"
+        )
+    return f"  a checkpoint takes {one / 1e9:.2f} GB, weights/ {weights / 1e9:.2f} GB; {free / 1e9:.1f} GB are free"
+
+
+def settle_buckets(wrapper: DistributedDataParallel) -> None:
+    """Let DDP find its final buckets of gradients before the first step.
+
+    It puts gradients together in the order in which the first backward pass brings them, so from the second step of a
+    process on it sums in another order than in the first: a run that was killed and goes on would not be bit-equal to
+    one that was not. A backward pass of zeros, the same whatever the data, takes the place of the first.
+    """
+    from lightning.pytorch.overrides.distributed import prepare_for_backward
+
+    trained = [p for p in wrapper.module.parameters() if p.requires_grad]
+    loss = torch.stack([0 * p.sum() for p in trained]).sum()
+    prepare_for_backward(wrapper, loss)
+    loss.backward()
+    for parameter in trained:
+        parameter.grad = None
