@@ -81,7 +81,7 @@ class AudioLM(nn.Module):
                 )
         self.audio_encoder.recompute = "audio_encoder" in parts
         if "decoder" in parts:
-            self.decoder.model.gradient_checkpointing_enable({"use_reentrant": False})
+            self.decoder.model.activation_checkpointing_enable({"use_reentrant": False})
 
     def compile_blocks(self, backend: str = "inductor") -> None:
         """torch.compile every block of both towers. Packs have one shape, so what is compiled at step 0 stays."""

@@ -134,7 +134,7 @@ class Decoder(nn.Module):
         """The same, and what the layers make of these slots goes into transformers' `cache`. `segments` as above for
         the prompts; then, for one slot of each answer, what it sees of the cache."""
         return self.model(
-            inputs_embeds=embeds_TD[None], position_ids=position_T[None], past_key_values=cache, use_cache=True,
+            inputs_embeds=embeds_TD[None], position_ids=position_T[None], cache=cache, use_cache=True,
             segments=segments,
         ).last_hidden_state[0]  # fmt: skip
 

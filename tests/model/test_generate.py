@@ -121,8 +121,8 @@ def test_half_precision_ranks_as_the_training_forward_does(architecture, lora):
     for sample, answer, ours in zip(eight(), forced, cached(lm, prompts(*eight()), forced), strict=True):
         wanted = cacheless(lm, sample, answer)
         best = wanted.topk(2).values
-        sure = best[:, 0] - best[:, 1] > 0.02 * wanted.abs().max()
-        assert (ours - wanted).abs().max() < 0.02 * wanted.abs().max()
+        sure = best[:, 0] - best[:, 1] > 0.04 * wanted.abs().max()
+        assert (ours - wanted).abs().max() < 0.04 * wanted.abs().max()
         assert torch.equal(ours.argmax(1)[sure], wanted.argmax(1)[sure])
         clear += int(sure.sum())
     assert clear > 30

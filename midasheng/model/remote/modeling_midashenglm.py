@@ -13,6 +13,8 @@ from transformers.models.qwen2_5_omni.modeling_qwen2_5_omni import Qwen2_5OmniTh
 from .configuration_midashenglm import SAMPLE_RATE, MiDashengLMConfig, audio_tokens
 
 N_FFT, HOP, MELS, PATCH = 512, 160, 64, 4
+# keys and values of earlier slots: renamed by transformers 5.24
+CACHE = "cache" if "cache" in CausalLMOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 
 class LogMel:
@@ -208,10 +210,11 @@ class MiDashengLMModel(PreTrainedModel, GenerationMixin):
 
     def forward(
         self, input_ids=None, attention_mask=None, position_ids=None, past_key_values=None, inputs_embeds=None,
-        input_values=None, audio_length=None, labels=None, use_cache=None, logits_to_keep=0, **kwargs,
+        input_values=None, audio_length=None, labels=None, use_cache=None, logits_to_keep=0, cache=None, **kwargs,
     ):  # fmt: skip
         """input_ids, attention_mask (B, T), padded on the left; input_values (clips, L), audio_length (clips,)."""
-        begins = past_key_values is None or past_key_values.get_seq_length() == 0
+        cache = past_key_values if cache is None else cache
+        begins = cache is None or cache.get_seq_length() == 0
         if inputs_embeds is None:
             if input_values is not None and begins:  # later steps of generate() are text
                 inputs_embeds = self.place(input_ids, input_values, audio_length)
@@ -221,7 +224,7 @@ class MiDashengLMModel(PreTrainedModel, GenerationMixin):
             position_ids = (attention_mask.long().cumsum(-1) - 1).clamp(min=0)[:, -inputs_embeds.shape[1] :]
         out = self.decoder.model(
             inputs_embeds=inputs_embeds, attention_mask=attention_mask, position_ids=position_ids,
-            past_key_values=past_key_values, use_cache=use_cache, **kwargs,
+            use_cache=use_cache, **{CACHE: cache}, **kwargs,
         )  # fmt: skip
         hidden = out.last_hidden_state
         logits = self.decoder.logits(hidden[:, -logits_to_keep:] if logits_to_keep else hidden)
@@ -229,8 +232,8 @@ class MiDashengLMModel(PreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = F.cross_entropy(logits[:, :-1].flatten(0, 1).float(), labels[:, 1:].flatten(), ignore_index=-100)
         return CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=out.past_key_values, hidden_states=out.hidden_states,
-            attentions=out.attentions,
+            loss=loss, logits=logits, hidden_states=out.hidden_states, attentions=out.attentions,
+            **{CACHE: getattr(out, CACHE)},
         )  # fmt: skip
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **kwargs):
