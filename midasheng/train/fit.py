@@ -439,7 +439,8 @@ def run_stage(
                 return world.start_here(hardware.devices)
             ranks = world.join(ranks.stop)
             if prepare:
-                order = command_line(default, [*ranks.of_first("preparing the data", prepare), *(argv or sys.argv[1:])])
+                rest = sys.argv[1:] if argv is None else argv
+                order = command_line(default, [*ranks.of_first("preparing the data", prepare), *rest])
             fit(order, ranks)
             ranks.of_first("the end", lambda: None)
         status = 0
