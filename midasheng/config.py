@@ -218,6 +218,12 @@ class Log:
     every: int = key(10, "steps between rows of metrics.jsonl", free=True)
     val_every: int = key(100, "steps between validations; one is always made at step 0 and at the end", free=True)
     checkpoint_every: int = key(500, "steps between checkpoints; one is always made at the end or on Ctrl-C", free=True)
+    answers: int = key(
+        8,
+        "held-out questions of the mix that are answered in words at each validation, in 48 tokens at most, always the "
+        "same ones (answers.jsonl); at the end of data.also too. 0: none",
+        free=True,
+    )
     keep_best: bool = key(
         False, "also keep checkpoints/best.ckpt, that of the lowest validation loss (after step 0)", free=True
     )

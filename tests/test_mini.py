@@ -75,9 +75,9 @@ def test_the_mini_model_listens(tmp_path, monkeypatch):
             assert Paired(**last[kind]).sure, (stage, kind, last[kind])
     answers = [json.loads(line) for line in (tmp_path / scale / "stage3_sft/answers.jsonl").read_text().splitlines()]
     for word in ("Italian", "violin"):
-        asked = [a for a in answers if a["mix"] == "sft" and word in a.get("answers", [])]
-        right = sum(a["answer"] == a["reference"] for a in asked) / len(asked)
-        alone = sum(a["text_only"] == a["reference"] for a in asked) / len(asked)
+        asked = [a for a in answers if a["mix"] == "sft" and word in a["choices"]]
+        right = sum(a["output"] in a["references"] for a in asked) / len(asked)
+        alone = sum(a.get("text_only") in a["references"] for a in asked) / len(asked)
         assert len(asked) >= 40
         assert right > 0.7 > 2 * alone, (word, right, alone)
 

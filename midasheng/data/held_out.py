@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from midasheng import frames
 from midasheng.data.audio import Skip, decode
@@ -23,6 +24,7 @@ from midasheng.sample import Pack, Sample, pack, unit_hash
 OWN, OTHER, ALIKE, NONE = KINDS = ("own", "other", "alike", "none")
 MOST_READ = 4_096  # training records that are read to see which questions are closed
 MOST_ANSWERS = 12  # a question with more different answers than this in training is not a closed one
+TOGETHER = 8  # prompts that are answered together, at most: the same on any number of ranks, and something for each
 
 
 @dataclass(frozen=True)
@@ -45,17 +47,18 @@ class Asked:
         return self.record.variants[self.variant].turns[0].text
 
     @property
-    def answer(self) -> str:
-        """The assistant's words: the reference."""
-        return self.record.variants[self.variant].turns[-1].text
+    def references(self) -> tuple[str, ...]:
+        """The assistant's words, and behind them what else the record answers to the same question."""
+        own = self.record.variants[self.variant].turns[-1].text
+        return own, *sorted(_answers(self.record, self.question) - {own})
 
 
-@dataclass(frozen=True)
-class Closed:
-    """A closed question: one whose answers in training are few."""
+class Question(NamedTuple):
+    """What is answered in words. `choices`: the answers in training of a closed question, one that has few of them;
+    () where the question is open."""
 
     asked: Asked
-    answers: tuple[str, ...]
+    choices: tuple[str, ...] = ()
 
 
 def _answers(record: Record, question: str) -> set[str]:
@@ -70,6 +73,7 @@ class HeldOutSet:
         self.name, self.corpora, self.chat, self.budget = name, corpora, chat, budget
         self.asked: list[Asked] = []
         self.reading: tuple[str, float] | None = None  # a record whose bytes are awaited, and since when (monotonic)
+        self._choices: dict[int, dict[str, tuple[str, ...]]] = {}
         for number, corpus in enumerate(corpora):
             used: Counter[str] = Counter()
             for place, record in enumerate(corpus.held_out[:most]):
@@ -105,9 +109,12 @@ class HeldOutSet:
         """
         return self._packed(self.asked, kind, rank, world, answered=True)
 
-    def prompts(self, asked: Sequence[Asked], kind: str) -> Iterator[tuple[tuple[int, ...], Pack]]:
-        """(numbers in `asked`, the pack of their prompts, each ending where the answer begins), for `generate`."""
-        return self._packed(asked, kind, 0, 1, answered=False)
+    def prompts(
+        self, asked: Sequence[Asked], kind: str, rank: int = 0, world: int = 1
+    ) -> Iterator[tuple[tuple[int, ...], Pack]]:  # fmt: skip
+        """(numbers in `asked`, the pack of their prompts, each ending where the answer begins), for `generate`; every
+        world-th pack from `rank` on."""
+        return self._packed(asked, kind, rank, world, answered=False)
 
     def _packed(
         self, all_asked: Sequence[Asked], kind: str, rank: int, world: int, *, answered: bool
@@ -120,7 +127,8 @@ class HeldOutSet:
                 continue
             heard = kind != NONE and clip_of.audio is not None
             slots = asked.record.variants[asked.variant].slots + heard * frames.audio_tokens(clip_of.n_samples)
-            if slots > left[0] or clip_of.frames > left[1]:
+            many = bool(rows) and not answered and len(rows[-1]) == TOGETHER
+            if slots > left[0] or clip_of.frames > left[1] or many:
                 rows.append([])
                 left = (self.budget.pack_slots, self.budget.pack_frames)
             rows[-1].append(number)
@@ -164,32 +172,38 @@ class HeldOutSet:
         """Does any sample hold a clip?"""
         return any(a.record.audio for a in self.asked)
 
-    def closed(self, most: int) -> list[Closed]:
-        """Closed questions of held-out clips, at most `most` for each corpus and set of answers, one for each clip."""
-        found = []
-        for number, corpus in enumerate(self.corpora):
+    def choices(self, number: int) -> dict[str, tuple[str, ...]]:
+        """The closed questions of a corpus, each with its answers in training. Reads training records, once."""
+        if number not in self._choices:
             trained: dict[str, Counter[str]] = {}
-            for record in self._training_records(corpus):
+            for record in self._training_records(self.corpora[number]):
                 for variant in record.variants:
                     turns = variant.turns
                     trained.setdefault(turns[0].text, Counter())[turns[-1].text] += 1
-            few = {
-                q: c for q, c in trained.items() if 2 <= len(c) <= MOST_ANSWERS and c.total() >= 2 * len(c)
-            }  # an answer that comes once says nothing of how many there could be
-            groups: dict[tuple[str, ...], list[Closed]] = {}
+            self._choices[number] = {
+                q: tuple(sorted(c)) for q, c in trained.items()
+                # an answer that comes once says nothing of how many there could be
+                if 2 <= len(c) <= MOST_ANSWERS and c.total() >= 2 * len(c)
+            }  # fmt: skip
+        return self._choices[number]
+
+    def closed(self, most: int) -> list[Question]:
+        """Closed questions of held-out clips, at most `most` for each corpus and set of answers, one for each clip."""
+        found = []
+        for number, corpus in enumerate(self.corpora):
+            groups: dict[tuple[str, ...], list[Question]] = {}
             for record in sorted(corpus.held_out, key=lambda r: unit_hash("closed:" + r.key)):
                 variants = sorted(range(len(record.variants)), key=lambda v: unit_hash(f"closed:{record.key}:{v}"))
                 taken = set()
                 for v in variants:
-                    counts = few.get(record.variants[v].turns[0].text)
-                    if counts is None or not self._fits(record, v, record):
+                    answers = self.choices(number).get(record.variants[v].turns[0].text)
+                    if answers is None or not self._fits(record, v, record):
                         continue
-                    answers = tuple(sorted(counts))
                     group = groups.setdefault(answers, [])
                     if answers not in taken and len(group) < most:
                         taken.add(answers)
-                        group.append(Closed(Asked(number, record, v, None, None), answers))
-            found += [closed for group in groups.values() for closed in group]
+                        group.append(Question(Asked(number, record, v, None, None), answers))
+            found += [question for group in groups.values() for question in group]
         return found
 
     def _training_records(self, corpus: CorpusIndex) -> Iterator[Record]:

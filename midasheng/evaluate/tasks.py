@@ -264,14 +264,12 @@ def _of_records(task: Task, held_out: HeldOutSet) -> list[Question]:
     number = names.index(task.corpus)
     found: list[tuple[Record, int, str, tuple[str, ...], tuple[str, ...]]] = []
     if task.closed:
-        for closed in held_out.closed(task.most):
-            a = closed.asked
-            if a.corpus == number and task.closed in closed.answers:
-                found.append((a.record, a.variant, a.question, (a.answer,), closed.answers))
+        for a, choices in held_out.closed(task.most):
+            if a.corpus == number and task.closed in choices:
+                found.append((a.record, a.variant, a.question, a.references, choices))
     else:
         for a in [a for a in held_out.asked if a.corpus == number][: task.most]:
-            same = [v.turns[-1].text for v in a.record.variants if v.turns[0].text == a.question]
-            found.append((a.record, a.variant, a.question, tuple(same), ()))
+            found.append((a.record, a.variant, a.question, a.references, ()))
     return [
         Question(
             Row(f"{task.name}/{record.key}/{variant}", task.name, prompt, choices, references, None, 0, MISSING),

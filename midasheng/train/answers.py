@@ -16,6 +16,7 @@ from midasheng.data.room import mixes, open_chat, open_corpora
 from midasheng.data.storage import Unreachable
 
 CLIPS, CLIP_S, CLIPS_BYTES = 24, 12.0, 4_000_000  # players of a run, seconds of each, characters of all
+EARLIER = 8  # validations of which an answer is shown
 
 
 class Matched(NamedTuple):
@@ -23,59 +24,84 @@ class Matched(NamedTuple):
 
     mix: str
     corpus: str
-    answers: tuple[str, ...]
+    choices: tuple[str, ...]
     clips: int
     exact: float | None
     chance: float  # as if the most frequent reference were always given
     text_only: float | None  # the decoder alone
 
 
+def last_rows(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The rows of the last validation."""
+    last = max((row["step"] for row in rows), default=None)
+    return [row for row in rows if row["step"] == last]
+
+
 def exact_match(rows: Sequence[dict[str, Any]]) -> list[Matched]:
-    """By corpus and set of answers; open questions are left out."""
+    """By corpus and set of choices; open questions are left out."""
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        if "answers" in row:
-            groups.setdefault((row["mix"], row["corpus"], *row["answers"]), []).append(row)
+        if row["choices"]:
+            groups.setdefault((row["mix"], row["corpus"], *row["choices"]), []).append(row)
 
     def share(group: Sequence[dict[str, Any]], field: str) -> float | None:
-        given = [r for r in group if r[field] is not None]
-        return sum(r[field] == r["reference"] for r in given) / len(given) if given else None
+        given = [r for r in group if r.get(field) is not None]
+        return sum(r[field] in r["references"] for r in given) / len(given) if given else None
 
     return [
         Matched(
-            mix, corpus, tuple(answers), len(group), share(group, "answer"),
-            Counter(r["reference"] for r in group).most_common(1)[0][1] / len(group), share(group, "text_only"),
+            mix, corpus, tuple(choices), len(group), share(group, "output"),
+            Counter(r["references"][0] for r in group).most_common(1)[0][1] / len(group), share(group, "text_only"),
         )
-        for (mix, corpus, *answers), group in groups.items()
+        for (mix, corpus, *choices), group in groups.items()
     ]  # fmt: skip
 
 
+def _whole(row: dict[str, Any]) -> bool:
+    """Has a row all that is shown of it?"""
+    words = all(isinstance(row.get(name), str) for name in ("id", "mix", "corpus", "key", "prompt", "output"))
+    lists = [row.get(name) for name in ("references", "choices")]
+    strings = all(isinstance(some, list) and all(isinstance(s, str) for s in some) for some in lists)
+    return words and strings and bool(row["references"]) and isinstance(row.get("step"), int)
+
+
 def judged(run: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The table of exact matches, and the rows to show: groups in turn, of each wrong and right ones."""
-    fields = ("mix", "corpus", "key", "question", "reference", "answer")
-    rows = [row for row in rows if all(isinstance(row.get(name), str) for name in fields)]
+    """The table of exact matches at the last validation, and the rows of it to show: groups in turn, of each wrong and
+    right ones, with what was answered before."""
+    rows = [row for row in rows if _whole(row)]
+    earlier: dict[str, dict[int, str]] = {}
+    for row in rows:
+        earlier.setdefault(row["id"], {})[row["step"]] = row["output"]
+    rows = last_rows(rows)
     groups: dict[tuple[str, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        kind = row["answers"] if isinstance(row.get("answers"), list) else ["open"]
-        groups.setdefault((row["mix"], row["corpus"], *map(str, kind)), []).append(row)
+        groups.setdefault((row["mix"], row["corpus"], *row["choices"]), []).append(row)
     orders = []
     for group in groups.values():
-        wrong, right = ([r for r in group if (r["answer"] == r["reference"]) == good] for good in (False, True))
+        wrong, right = ([r for r in group if (r["output"] in r["references"]) == good] for good in (False, True))
         pairs = itertools.zip_longest(wrong, right)
         orders.append([row for pair in pairs for row in pair if row is not None])
     turns = itertools.zip_longest(*orders)
     picked = [row for turn in turns for row in turn if row is not None][:CLIPS]
     return {
-        "exact": [found._asdict() for found in exact_match([r for r in rows if isinstance(r.get("answers"), list)])],
-        "rows": len(rows),
+        "exact": [found._asdict() for found in exact_match(rows)],
+        "rows": len(rows), "step": rows[0]["step"] if rows else None,
         "shown": [
-            {name: row[name] for name in fields} | {
-                "text_only": row.get("text_only"), "closed": isinstance(row.get("answers"), list),
+            {name: row[name] for name in ("corpus", "key", "prompt", "references", "choices", "output")} | {
+                "right": row["output"] in row["references"], "cut": row.get("finish_reason") == "length",
+                "text_only": row.get("text_only"), "mix": row["mix"],
                 "clip": "/".join((run, row["mix"], row["corpus"], row["key"])),
+                "earlier": _some([pair for pair in sorted(earlier[row["id"]].items()) if pair[0] < row["step"]]),
             }
             for row in picked
         ],
     }  # fmt: skip
+
+
+def _some(pairs: Sequence[tuple[int, str]]) -> list[tuple[int, str]]:
+    """The first, the last and some between."""
+    here = sorted({round(n * (len(pairs) - 1) / (EARLIER - 1)) for n in range(EARLIER)} if pairs else ())
+    return [pairs[n] for n in here]
 
 
 def read_clips(run_config: Path, shown: Sequence[dict[str, Any]]) -> dict[str, str]:

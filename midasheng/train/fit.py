@@ -36,7 +36,7 @@ from midasheng.model.encoder import EncoderShape
 from midasheng.model.sources import WeightsError, check_learned, check_stage, open_source
 from midasheng.sample import counter_seed
 from midasheng.train import checkpoint, memory, optim, world
-from midasheng.train.listening import ListeningTest
+from midasheng.train.listening import LONGEST, ListeningTest
 from midasheng.train.meter import add_event
 from midasheng.train.module import StageModule
 from midasheng.train.order import Order, check_run_folder, command_line
@@ -182,6 +182,9 @@ def header(order: Order, data: DataRoom, kernels: str, memory_lines: Sequence[st
     )
     if b.lead is not None:
         lines.append(f"  {shared(b.lead_slots, data.corpora)}")
+    few, asked = len(data.held_out[0].open(stage.log.answers)), len(data.held_out[0].asked)
+    words = f", {few} of them answered in words (at most {LONGEST} tokens each)" if few else ""
+    lines.append(f"  validation every {stage.log.val_every} steps and at both ends: {asked} held-out samples{words}")
     lines += [f"  note: {note}" for note in data.notes]
     return "\n".join([*lines, kernels, *memory_lines]) + "\n"
 
@@ -280,7 +283,7 @@ def train(
         model.audio_encoder.init_bn.calibrate(model.audio_encoder.log_mel(torch.from_numpy(c)) for c in clips)
     module = StageModule(
         model, stage, data.course, [c.card.name for c in data.corpora],
-        ListeningTest(data.held_out, folder, stage.data.answers), folder, ranks.stop, saved,
+        ListeningTest(data.held_out, folder, stage.data.answers, stage.log.answers), folder, ranks.stop, saved,
     )  # fmt: skip
     # behind it nobody reads any more what the first process is about to trim
     ranks.alike({"weights": world.short([module.start_digests, module.base]), "checkpoint": str(module.done)})
@@ -298,7 +301,8 @@ def train(
         trim(folder, steps_done if saved else -1)
         drop_after(folder / "events.jsonl", steps_done + 1 if saved else -1)
         if not saved:  # killed before its first checkpoint
-            (folder / "metrics.jsonl").unlink(missing_ok=True)
+            for name in ("metrics.jsonl", "speed.jsonl", "answers.jsonl"):
+                (folder / name).unlink(missing_ok=True)
     ranks.meet("the run folder is ready")
     module.planner, module.world = planner, ranks
     module.ledger = Ledger(folder, trainer.global_rank, [c.card.name for c in data.corpora])

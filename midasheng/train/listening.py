@@ -9,23 +9,26 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from midasheng.data.held_out import ALIKE, NONE, OTHER, OWN, Asked, HeldOutSet
+from midasheng.data.held_out import ALIKE, NONE, OTHER, OWN, HeldOutSet, Question
+from midasheng.evaluate.rows import UNREAD, Row
 from midasheng.model.adapt import without_lora
 from midasheng.model.audio_lm import AudioLM
 from midasheng.model.generate import generate
-from midasheng.train.answers import exact_match
+from midasheng.train.answers import exact_match, last_rows
+from midasheng.train.meter import read_metrics
 
 Reduce = Callable[[Tensor], Tensor]  # sum over ranks
 SURE = 3.0  # standard errors
-SHOWN = 8  # answers printed at the end
+SHOWN = 8  # open answers printed at the end
 LONGEST = 48  # tokens of an answer in words
+FINISHED = (UNREAD, "stop", "length")  # why an answer ended; the first: its clip cannot be decoded
 
 
 @dataclass(frozen=True)
@@ -70,13 +73,15 @@ def paired(low_A2: Tensor, high_A2: Tensor, clusters: Sequence[str]) -> Paired |
 
 class ListeningTest:
     """Asks the held-out sets of a stage. The first set is the stage's own mix; of the others the loss is taken at both
-    ends, and their questions are answered.
+    ends, and their questions are answered at the end.
 
-    Writes below `run`: text_only.json (losses and answers of the decoder alone, before step 0) and answers.jsonl.
+    `answers`: closed questions of each kind that are answered at the end (data.answers), `few`: questions that are
+    answered at every validation (log.answers). Writes below `run` text_only.json: losses and answers of the decoder
+    alone, before step 0.
     """
 
-    def __init__(self, sets: Sequence[HeldOutSet], run: Path, answers: int) -> None:
-        self.sets, self.run, self.answers = sets, run, answers
+    def __init__(self, sets: Sequence[HeldOutSet], run: Path, answers: int, few: int = 0) -> None:
+        self.sets, self.run, self.answers, self.few = sets, run, answers, few
 
     def losses(self, model: AudioLM, asked: HeldOutSet, kind: str, rank: int, world: int, reduce: Reduce) -> Tensor:
         """(loss sum, targets) of each asked sample, float64 (A, 2), over all ranks; zeros where it was not asked."""
@@ -98,11 +103,11 @@ class ListeningTest:
                 sums_A2 = self.losses(model, first, NONE, rank, world, reduce).tolist()
                 for a, sums in zip(first.asked, sums_A2, strict=True):
                     told[_name(first, a.corpus, a.record.key, a.variant)] = sums
-            answers = {}
-            for asked in self.sets if rank == 0 else ():
-                closed = [c.asked for c in asked.closed(self.answers)]
-                for a, answer in zip(closed, self._answers(model, asked, closed, NONE), strict=True):
-                    answers[_name(asked, a.corpus, a.record.key, a.variant)] = answer
+            answers: dict[str, str | None] = {}
+            for asked in self.sets if self.answers else ():
+                closed = asked.closed(self.answers)
+                found = self._answers(model, asked, closed, NONE, rank, world, reduce)
+                answers |= {row.id: row.output for row in found}
         if rank == 0:
             text = json.dumps({"losses": told, "answers": answers}, ensure_ascii=False) + "\n"
             (self.run / "text_only.json").write_text(text, encoding="utf-8")
@@ -170,34 +175,55 @@ class ListeningTest:
 
     # -- answers in words -------------------------------------------------------------------------------------------
 
-    def _answers(self, model: AudioLM, asked: HeldOutSet, questions: Sequence[Asked], kind: str) -> list[str]:
-        """Greedy answers in words; empty for a clip that cannot be decoded."""
-        answers = [""] * len(questions)
-        for numbers, prompts in asked.prompts(questions, kind):
+    def _answers(
+        self, model: AudioLM, asked: HeldOutSet, questions: Sequence[Question], kind: str, rank: int, world: int,
+        reduce: Reduce,
+    ) -> list[Row]:  # fmt: skip
+        """Greedy answers, shared over the ranks; packs do not depend on their number, so answers do not either."""
+        found_AX = torch.zeros(len(questions), 3 + LONGEST, dtype=torch.float64)  # finish, seconds, length, ids
+        for numbers, prompts in asked.prompts([q.asked for q in questions], kind, rank, world):
             found = generate(model, prompts, [asked.chat.im_end], LONGEST)
-            for number, answer in zip(numbers, found, strict=True):
-                answers[number] = asked.chat.decode(answer.ids)
-        return answers
+            for number, one in zip(numbers, found, strict=True):
+                values = [FINISHED.index(one.finish), one.seconds, len(one.ids), *one.ids]
+                found_AX[number, : len(values)] = torch.tensor(values, dtype=torch.float64)
+        rows = []
+        for (a, choices), (finish, seconds, length, *ids) in zip(questions, reduce(found_AX).tolist(), strict=True):
+            output = asked.chat.decode([int(i) for i in ids[: int(length)]]) if finish else None
+            rows.append(Row(
+                _name(asked, a.corpus, a.record.key, a.variant), asked.corpora[a.corpus].card.task, a.question, choices,
+                a.references, output, int(length), FINISHED[int(finish)], round(seconds, 3),
+            ))  # fmt: skip
+        return rows
+
+    def questions(self, asked: HeldOutSet, *, end: bool) -> list[Question]:
+        """What a validation asks in words: a few questions, the same ones each time; before them, at the end, closed
+        ones."""
+        closed = asked.closed(self.answers) if end and self.answers else []
+        taken = {(q.asked.corpus, q.asked.record.key, q.asked.variant) for q in closed}
+        few = []
+        for a in asked.open(self.few):
+            choices = asked.choices(a.corpus).get(a.question, ()) if self.answers else ()
+            if (a.corpus, a.record.key, a.variant) not in taken:
+                few.append(Question(a, choices))
+        return closed + few
 
     @torch.no_grad()
-    def answer(self, model: AudioLM) -> None:
-        """Greedy answers to closed questions and to a few open ones, into answers.jsonl; on one rank."""
-        text_only = self._told()["answers"]
+    def answer(
+        self, model: AudioLM, step: int, rank: int, world: int, reduce: Reduce, *, end: bool
+    ) -> list[dict[str, Any]]:  # fmt: skip
+        """Greedy answers in words, rows of answers.jsonl: of the stage's own mix, at the `end` of all sets. Beside the
+        answer the set, corpus and key of its record, and, where it was asked before step 0, what the decoder alone
+        said."""
+        text_only = self._told()["answers"] if end else {}
         rows: list[dict[str, Any]] = []
-        for asked in self.sets:
-            closed = asked.closed(self.answers)
-            questions = [c.asked for c in closed] + asked.open(SHOWN)
-            answers = self._answers(model, asked, questions, OWN)
-            for number, (a, answer) in enumerate(zip(questions, answers, strict=True)):
-                corpus = asked.corpora[a.corpus].card.name
-                row: dict[str, Any] = {"mix": asked.name, "corpus": corpus, "key": a.record.key}
-                row |= {"question": a.question, "reference": a.answer, "answer": answer}
-                if number < len(closed):
-                    given = text_only.get(_name(asked, a.corpus, a.record.key, a.variant))
-                    row |= {"text_only": given, "answers": closed[number].answers}
-                rows.append(row)
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        (self.run / "answers.jsonl").write_text(lines, encoding="utf-8")
+        for asked in self.sets if end else self.sets[:1]:
+            questions = self.questions(asked, end=end)
+            answers = self._answers(model, asked, questions, OWN, rank, world, reduce)
+            for (a, _), answer in zip(questions, answers, strict=True):
+                row = {"step": step, **asdict(answer), "mix": asked.name}
+                row |= {"corpus": asked.corpora[a.corpus].card.name, "key": a.record.key}
+                rows.append(row | ({"text_only": text_only[answer.id]} if answer.id in text_only else {}))
+        return rows
 
 
 def _name(asked: HeldOutSet, corpus: int, key: str, variant: int) -> str:
@@ -239,19 +265,19 @@ LABELS = {"listening": "other clip", "alike": "alike", "text_only": "text only"}
 
 
 def answer_table(path: Path) -> list[str]:
-    """Exact match of the closed questions of an answers.jsonl, and a few open answers.
+    """Exact match of the closed questions that an answers.jsonl ends with, and the open answers.
 
     Beside it chance (as if the most frequent reference were always given) and the decoder alone.
     """
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = last_rows(read_metrics(path))
     groups = exact_match(rows)
     head = f"{'exact match of greedy answers':72}{'clips':>6}{'exact':>8}{'chance':>8}{'text only':>11}"
     lines = [head] if groups else []
     for g in groups:
-        label = f"{g.mix}: {g.corpus}: {' / '.join(g.answers)}"
+        label = f"{g.mix}: {g.corpus}: {' / '.join(g.choices)}"
         label = label if len(label) < 71 else label[:67] + " ..."
         exact, text_only = ("-" if share is None else f"{share:.1%}" for share in (g.exact, g.text_only))
         lines.append(f"{label:72}{g.clips:6}{exact:>8}{g.chance:8.1%}{text_only:>11}")
-    for row in [r for r in rows if "answers" not in r][:SHOWN]:
-        lines += [f"{row['question']}", f"    reference  {row['reference']}", f"    answer     {row['answer']}"]
+    for row in [r for r in rows if not r["choices"]][:SHOWN]:
+        lines += [row["prompt"], f"    reference  {row['references'][0]}", f"    answer     {row['output'] or ''}"]
     return lines

@@ -108,7 +108,8 @@ class Speed:
 
 
 class MetricsFile:
-    """metrics.jsonl: rows of training (`loss`) and of validation (`val_loss`); `step` counts finished steps."""
+    """metrics.jsonl, rows of training (`loss`) and of validation (`val_loss`), and its like; `step` counts finished
+    steps. A resume drops what stands behind its step."""
 
     def __init__(self, path: Path, steps_done: int, *, write: bool) -> None:
         self.path, self.write = path, write

@@ -82,7 +82,8 @@ class StageModule(L.LightningModule):
             self.start_digests = part_digests(adapt.base_state(model))
         else:
             self._go_on(saved)
-        beside = [run / name for name in ("metrics.jsonl", "speed.jsonl", "events.jsonl", "skipped.jsonl")]
+        files = ("metrics.jsonl", "speed.jsonl", "answers.jsonl", "events.jsonl", "skipped.jsonl")
+        beside = [run / name for name in files]
         self.writer = checkpoint.Writer(run / "checkpoints", beside, self.done if saved else None)
 
     # -- Lightning's hooks ------------------------------------------------------------------------------------------
@@ -104,6 +105,7 @@ class StageModule(L.LightningModule):
         self.mix_file.follow(self.planner.changes())
         self.metrics = MetricsFile(self.run / "metrics.jsonl", self.done, write=rank == 0)
         self.speeds = MetricsFile(self.run / "speed.jsonl", self.done, write=rank == 0)
+        self.answers = MetricsFile(self.run / "answers.jsonl", self.done, write=rank == 0)
         assert self.ledger is not None
         self.stop.listen()  # again: after Lightning
         self.stop.training = True
@@ -234,8 +236,6 @@ class StageModule(L.LightningModule):
             self._follow_mix_file()
         if self.done % log.val_every == 0 or last:
             best = self._validate(ends=last) and log.keep_best
-        if last and self.trainer.global_rank == 0 and self.stage.data.answers:
-            self.test.answer(self.model)
         if self.done % log.checkpoint_every == 0 or last or stop or best:
             self.save(best=best)
         if stop and not last:
@@ -277,15 +277,23 @@ class StageModule(L.LightningModule):
         return self.trainer.global_rank, self.trainer.world_size, self._sum_over_ranks
 
     def _validate(self, *, ends: bool) -> bool:
-        """Held-out loss and listening difference; `ends`: at the start and the end of the stage, all that is asked. Is
-        the loss the lowest of the run so far, the start left out?"""
+        """Held-out loss, listening difference and answers in words; `ends`: at the start and the end of the stage, all
+        that is asked. Is the loss the lowest of the run so far, the start left out?"""
         self.model.eval()
+        began, last = time.monotonic(), self.done == self.course.steps
         with self.speed.paused():
             row = self.test.row(self.model, *self._world(), ends=ends)
+            looked = time.monotonic()
+            answers = self.test.answer(self.model, self.done, *self._world(), end=last)
+            ended = time.monotonic()
         self.model.train()
         self.metrics.add({"step": self.done, **row})
+        for answer in answers:
+            self.answers.add(answer)
+        took = {"validation_s": round(ended - began, 3), "answers_s": round(ended - looked, 3)}
+        self.speeds.add({"step": self.done, **took})
         heard = {"val/listening": row["listening"]["difference"]} if row.get("listening") else {}
-        self._log({"val/val_loss": row["val_loss"], **heard})
+        self._log({"val/val_loss": row["val_loss"], **heard, **{f"val/{name}": s for name, s in took.items()}})
         best = self.done > 0 and row["val_loss"] < (self.best["val_loss"] if self.best else math.inf)
         if best:
             self.best = {"step": self.done, "val_loss": row["val_loss"]}

@@ -21,12 +21,13 @@ SAID = (  # values of a row -> how they are said; what comes first is seen in a 
     (("skipped",), "STEPS SKIPPED {:.0f}"),
     (("val_loss",), "val {:.3f}"),
     (("listening",), "listening {:+.3f}"),
+    (("validation_s", "answers_s"), "validated in {:.1f} s, {:.1f} of it for answers"),
     (("audio_h_per_device_h",), "{:.3g} audio-h/h"),
     (("mfu",), "MFU {:.1%}"),
     (("decoder_padding", "encoder_padding"), "padding {:.1%}/{:.1%}"),
     (("waiting",), "wait {:.1%}"),
 )
-VALIDATION = ("val_loss", "listening")
+VALIDATION = ("val_loss", "listening", "validation_s", "answers_s")
 
 
 def words(values: Mapping[str, float], devices: int = 1) -> list[str]:
@@ -71,7 +72,7 @@ class ProgressLine(L.Callback):
         shown, steps = module.shown, module.course.steps
         new = {k for k, v in shown.items() if str(self.before.get(k)) != str(v)}  # NaN is not new each time
         if self.terminal:
-            brief = {k: v for k, v in shown.items() if k != "listening"}
+            brief = {k: v for k, v in shown.items() if k not in VALIDATION[1:]}
             line = self.left(module.done, steps) + words(brief, trainer.world_size)
             self.bar.set_postfix_str(", ".join(line), refresh=False)
             self.bar.update(module.done - self.bar.n)
@@ -118,7 +119,8 @@ def ending(folder: Path) -> list[str]:
 def speed(folder: Path) -> list[str]:
     """Audio heard and how fast, over the whole run: each row of speed.jsonl counts by what it stands for."""
     path = folder / "speed.jsonl"
-    rows = [r for r in read_metrics(path) if "seconds" in r] if path.is_file() else []
+    all_rows = read_metrics(path) if path.is_file() else []
+    rows, validations = ([r for r in all_rows if name in r] for name in ("seconds", "validation_s"))
     seconds = sum(r["seconds"] for r in rows)
     if not seconds:
         return []
@@ -132,11 +134,16 @@ def speed(folder: Path) -> list[str]:
         computed = sum(n / (1 - share) for n, share in there if share < 1)
         return 1 - sum(n for n, _ in there) / computed if computed else 0.0
 
+    took, answered = (sum(r[name] for r in validations) for name in ("validation_s", "answers_s"))
+    looked = [
+        f"besides, {len(validations)} validations took {clock(took)}, {clock(answered)} of it for answers in words"
+    ]
     slots, n_frames = (
         padding("slots_per_s", "decoder_padding"), padding("audio_h_per_device_h", "encoder_padding")
     )  # fmt: skip
     return [
         f"{heard:.2f} audio-hours trained on; on a device {over('audio_h_per_device_h'):.3g} audio-hours an hour, MFU "
         f"{over('mfu'):.1%}; padding {slots:.1%} of the slots, {n_frames:.1%} of the frames; {over('waiting'):.1%} of "
-        "the time waiting for data"
+        "the time waiting for data",
+        *(looked if validations else []),
     ]

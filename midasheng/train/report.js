@@ -114,7 +114,8 @@ function specs() {
   for (const [name, title, unit, from] of [
     ["audio_h_per_device_h", "Speed", "audio hours a device hour"], ["mfu", "MFU", "useful FLOPs over the peak"],
     ["encoder_padding", "Padding of the encoder", "share of its frames"], ["decoder_padding", "Padding of the decoder", "share of its slots"],
-    ["waiting", "Waiting for data", "share of the time"], ["memory_gib", "Memory", "GiB at most so far, first device or process"],
+    ["waiting", "Waiting for data", "share of the time"], ["validation_s", "Validation", "seconds each, not part of the training time"],
+    ["answers_s", "Answers in words", "seconds of each validation"], ["memory_gib", "Memory", "GiB at most so far, first device or process"],
   ]) add("speed", name, title, unit, each((r) => r.speed[name] || {}));
   return found;
 }
@@ -402,21 +403,22 @@ function texts() {
 }
 
 function answers(run) {
-  if (!run.answers.rows) return [el("h3", {}, run.name), el("p", {}, "This run answered nothing in words (data.answers is 0, or it has not ended).")];
+  if (!run.answers.rows) return [el("h3", {}, run.name), el("p", {}, "This run has answered nothing in words (log.answers is 0, or it has not begun).")];
   const choose = el("select", { id: "which" }, ...[["all", "all"], ["wrong", "wrong"], ["right", "right"]].map(([v, t]) => el("option", { value: v, selected: v === state.answers }, t)));
   choose.addEventListener("change", () => { state.answers = choose.value; render(); byId("which").focus(); });
-  const rows = run.answers.shown.filter((a) => state.answers === "all" || (a.answer === a.reference) === (state.answers === "right"));
+  const rows = run.answers.shown.filter((a) => state.answers === "all" || a.right === (state.answers === "right"));
   return [
-    el("h3", {}, `${run.name}: exact match`),
-    table(["corpus", "exact", "chance", "decoder alone", "clips", "answers", "mix"], run.answers.exact.map((g) => [g.corpus, percent(g.exact), percent(g.chance), percent(g.text_only), g.clips, g.answers.join(" / "), g.mix]), "Exact match"),
+    el("h3", {}, `${run.name}, step ${run.answers.step}`),
+    run.answers.exact.length ? table(["corpus", "exact match", "chance", "decoder alone", "clips", "choices", "mix"], run.answers.exact.map((g) => [g.corpus, percent(g.exact), percent(g.chance), percent(g.text_only), g.clips, g.choices.join(" / "), g.mix]), "Exact match") : "",
     el("p", {}, el("label", {}, "Answers shown ", choose), ` ${rows.length} of ${run.answers.rows}, from every question in turn, wrong ones first`),
     el("div", { class: "grid" }, ...rows.map((a) => {
       const found = clips[a.clip], sound = found && found.startsWith("data:audio/");
       const player = sound ? el("audio", { controls: true, preload: "metadata", src: found, "aria-label": `clip ${a.key}` }) : el("p", { class: "note" }, `No player: ${found || "no clip"}`);
       const line = (name, text) => [el("dt", {}, name), el("dd", {}, text)];
-      return el("article", { class: "answer" }, player, el("dl", {}, ...line("asked", a.question), ...line("reference", a.reference),
-        el("dt", {}, "answer"), el("dd", {}, a.answer, a.closed && a.answer !== a.reference ? el("span", { class: "bad" }, "  wrong") : ""),
-        ...(a.text_only === null ? [] : line("decoder alone", a.text_only)), ...line("clip", `${a.corpus}/${a.key}`)));
+      return el("article", { class: "answer" }, player, el("dl", {}, ...line("asked", a.prompt), ...line("reference", a.references.join(" / ")),
+        el("dt", {}, "answer"), el("dd", {}, a.output, a.cut ? el("span", { class: "soft" }, " … (cut)") : "", a.choices.length && !a.right ? el("span", { class: "bad" }, "  wrong") : ""),
+        ...(a.text_only === null ? [] : line("decoder alone", a.text_only)), ...line("clip", `${a.corpus}/${a.key}`)),
+        a.earlier.length ? el("details", {}, el("summary", {}, "Answered before"), el("dl", {}, ...a.earlier.flatMap(([step, said]) => line(`step ${step}`, said)))) : "");
     })),
   ];
 }

@@ -26,6 +26,7 @@ from midasheng.train.answers import judged, read_clips
 
 POINTS, POINTS_OF_A_GROUP = 2_000, 600  # of a curve on the page, at most
 SPEED = ("audio_h_per_device_h", "mfu", "encoder_padding", "decoder_padding", "waiting", "memory_gib")
+VALIDATION = ("validation_s", "answers_s")
 PAIRED = ("listening", "alike", "text_only")
 Floats = NDArray[np.float64]
 
@@ -176,7 +177,7 @@ class Run:
         self.validations: list[dict[str, Any]] = []
 
     def _begin_speeds(self) -> None:
-        self.speed, self.peak = _Columns(), ""
+        self.speed, self.validated, self.peak = _Columns(), _Columns(), ""
 
     def follow(self) -> bool:
         """Read what is new; was there anything?"""
@@ -191,7 +192,9 @@ class Run:
         if self.speeds.rewritten():
             self._begin_speeds()
         for row in self.speeds.rows():
-            if "peak" in row:
+            if "validation_s" in row:
+                self.validated.add(**{name: _number(row.get(name)) for name in ("step", *VALIDATION)})
+            elif "peak" in row:
                 self.peak = f"{row['peak']}: {_number(row.get('peak_flops_per_s')) / 1e12:.3g} TFLOP/s"
             else:
                 self.speed.add(**{name: _number(row.get(name)) for name in ("step", "seconds", *SPEED)})
@@ -299,6 +302,7 @@ class Run:
 
     def _speed(self) -> dict[str, Any]:
         curves = {name: _curve(self.speed["step"], self.speed[name]) for name in SPEED}
+        curves |= {name: _curve(self.validated["step"], self.validated[name]) for name in VALIDATION}
         return {name: curve for name, curve in curves.items() if curve["x"]}
 
     def _val(self) -> dict[str, Any]:
@@ -412,7 +416,7 @@ class Run:
         return list(self._once("skips", files, read))
 
     def _answers(self) -> dict[str, Any]:
-        """Exact match of the closed questions, and a few answers."""
+        """Exact match of the closed questions, and a few answers of the last validation."""
         path = self.folder / "answers.jsonl"
         return dict(self._once("answers", [path], lambda: judged(self.folder.name, _rows(path))))
 

@@ -79,9 +79,10 @@ def runs(tiny_data, tmp_path_factory) -> Path:
     corpus = open_data(loaded.stage, make=True).corpora[0]
     rows = [
         {
-            "mix": loaded.stage.data.mix, "corpus": corpus.card.name, "key": record.key, "question": EVIL,
-            "reference": "yes", "answer": EVIL, "text_only": "no", "answers": ["no", "yes"],
+            "step": step, "id": record.key, "mix": loaded.stage.data.mix, "corpus": corpus.card.name, "key": record.key,
+            "prompt": EVIL, "references": ["yes"], "output": EVIL, "text_only": "no", "choices": ["no", "yes"],
         }
+        for step in (20, 40)
         for record in corpus.held_out[:3]
     ]  # fmt: skip
     write_rows(two / "answers.jsonl", rows)

@@ -171,7 +171,7 @@ def test_numbers_name_the_sample_of_each_segment(tiny_data, chat, mix):
             a = asked.asked[number]
             assert (found["key"], found["corpus"]) == (a.record.key, asked.corpora[a.corpus].card.name)
             text = [label for label in found["labels"] if label != NO_TARGET]
-            assert chat.decode(text) == a.answer  # whatever is heard, the reference is the sample's own
+            assert chat.decode(text) == a.references[0]  # whatever is heard, the reference is the sample's own
 
 
 # -- which clip stands in ----------------------------------------------------------------------------------------------
@@ -184,7 +184,7 @@ def test_the_other_clip_is_of_a_record_whose_answers_to_the_question_all_differ(
     assert len(asked) == len(records)
     for a in asked:
         right = answers(a.record, a.question)
-        assert a.answer in right
+        assert a.references[0] in right
         good = [r for r in records if answers(r, a.question) and not answers(r, a.question) & right]
         assert a.record not in good
         assert (a.other is None) == (not good)
@@ -395,8 +395,8 @@ def test_closed_questions_are_those_with_few_answers_in_training(chat, corpus):
     made = HeldOutSet("m", [corpus(quiz(held, "h"), quiz(train, "t"))], chat, WIDE, 0)
     closed = made.closed(100)
     assert Counter(c.asked.question for c in closed) == {"Which?": 3, "Twelve?": 2}
-    assert {c.answers for c in closed if c.asked.question == "Which?"} == {("A", "B", "C")}  # those of training
-    assert {c.asked.answer for c in closed if c.asked.question == "Which?"} == {"A"}
+    assert {c.choices for c in closed if c.asked.question == "Which?"} == {("A", "B", "C")}  # those of training
+    assert {c.asked.references[0] for c in closed if c.asked.question == "Which?"} == {"A"}
     assert all(c.asked.record in made.corpora[0].held_out for c in closed)
 
 
@@ -404,7 +404,7 @@ def test_closed_questions_of_a_mix_that_is_all_held_out(chat, corpus):
     made = HeldOutSet("m", [corpus(quiz({"Which?": {"A": 5, "B": 9}}, "h"))], chat, WIDE, 0)
     closed = made.closed(100)
     assert len(closed) == 14
-    assert {c.answers for c in closed} == {("A", "B")}
+    assert {c.choices for c in closed} == {("A", "B")}
 
 
 def test_closed_questions_up_to_a_number_for_each_corpus_and_set_of_answers_one_for_a_clip(chat, corpus):
@@ -414,9 +414,9 @@ def test_closed_questions_up_to_a_number_for_each_corpus_and_set_of_answers_one_
     held = [MadeUp(f"h{n}", 9_000, other if n % 2 else pairs) for n in range(10)]
     two = [corpus(held, train), corpus(held[:3], train, "d")]
     closed = HeldOutSet("m", two, chat, WIDE, 0).closed(4)
-    of = Counter((c.asked.corpus, c.answers) for c in closed)
+    of = Counter((c.asked.corpus, c.choices) for c in closed)
     assert of == {(0, ("no", "yes")): 4, (0, ("A", "B")): 4, (1, ("no", "yes")): 3, (1, ("A", "B")): 3}
-    clips = Counter((c.asked.corpus, c.answers, c.asked.record.key) for c in closed)
+    clips = Counter((c.asked.corpus, c.choices, c.asked.record.key) for c in closed)
     assert set(clips.values()) == {1}
     every = HeldOutSet("m", two, chat, WIDE, 0).closed(100)
     assert len(every) == 2 * (10 + 3)
@@ -464,7 +464,7 @@ def test_a_prompt_is_exactly_what_stood_before_the_answer_in_training(tiny_data,
             assert ids_T.tolist() == sample.ids[:before].tolist()
             assert is_audio_T.tolist() == sample.is_audio[:before].tolist()
             assert all(torch.equal(clips.pop(0), torch.from_numpy(s)) for s in sample.clips)
-            assert questions[number].answer not in chat.decode(ids_T)
+            assert questions[number].references[0] not in chat.decode(ids_T)
             assert is_audio_T.any() == (kind != NONE)
             seen.append(number)
         assert not clips
@@ -481,6 +481,6 @@ def test_a_prompt_whose_clip_cannot_be_decoded_is_left_out(tiny_data, chat, monk
 
 def test_question_and_answer_are_of_the_variant(corpus):
     (record,) = corpus([MadeUp("k", 9_000, [("Which?", "A"), ("Loud?", "no")])]).held_out
-    assert [(Asked(0, record, v, None, None).question, Asked(0, record, v, None, None).answer) for v in (0, 1)] == [
+    assert [(Asked(0, record, v, None, None).question, Asked(0, record, v, None, None).references[0]) for v in (0, 1)] == [
         ("Which?", "A"), ("Loud?", "no"),
     ]  # fmt: skip

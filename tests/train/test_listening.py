@@ -2,9 +2,11 @@
 
 import copy
 import io
+import itertools
 import json
 import math
 import shutil
+from collections import Counter
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
@@ -15,9 +17,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from midasheng.data import audio, held_out
+from midasheng.data.audio import Skip
 from midasheng.data.held_out import ALIKE, KINDS, NONE, OTHER, OWN, HeldOutSet
 from midasheng.data.manifest import read_mix
 from midasheng.data.plan import budget
+from midasheng.evaluate.rows import Row
 from midasheng.model import adapt
 from midasheng.model.audio_lm import AudioLM
 from midasheng.model.generate import Continuation, generate
@@ -32,6 +37,7 @@ from tests.model import tiny_lm
 from tests.train.test_resume import stop_after
 
 SETS = ("pretrain", "sft")
+FIELDS = list(Row.__dataclass_fields__)  # those of an evaluation
 HEARD = ("listening", "alike", "text_only")
 
 
@@ -270,33 +276,89 @@ def test_answers_in_words_with_and_without_hearing(models, sets, tmp_path, monke
         return [Continuation(sets[0].chat.text(text), "stop", 0.0) for text in texts]
 
     monkeypatch.setattr(listening, "generate", generate)
-    test = ListeningTest(sets, tmp_path, 3)
+    test = ListeningTest(sets, tmp_path, 3, 5)
     test.before(lora, 0, 1, same)
     assert asked_of
     assert not any(asked_of)
     asked_of.clear()
-    test.answer(lora)
+    rows = test.answer(lora, 7, 0, 1, same, end=True)
     assert all(asked_of)
-    rows = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
-    records = {r.key: r for s in sets for c in s.corpora for r in c.held_out}
-    closed, free = [r for r in rows if "answers" in r], [r for r in rows if "answers" not in r]
+    records = {(c.card.name, r.key): r for s in sets for c in s.corpora for r in c.held_out}
+    closed, free = [r for r in rows if "text_only" in r], [r for r in rows if "text_only" not in r]
     assert {(r["mix"], r["corpus"]) for r in closed} == {("sft", "tiny_qa")}
     assert len(closed) == 2 * 3  # which language, is it even
     for row in closed:
-        assert row["answer"] == f"{records[row['key']].n_samples}"
         assert row["text_only"] == "deaf"
-        assert row["reference"] in row["answers"]
-        assert (row["question"], row["reference"]) in [
-            (v.turns[0].text, v.turns[1].text) for v in records[row["key"]].variants
-        ]
+        assert row["references"][0] in row["choices"]
     assert {(r["mix"], r["corpus"]) for r in free} == {(s.name, c.card.name) for s in sets for c in s.corpora}
-    assert all(r["answer"] == f"{records[r['key']].n_samples}" for r in free)
+    assert len({r["id"] for r in rows}) == len(rows)
+    cards = {c.card.name: c.card for s in sets for c in s.corpora}
+    for row in rows:
+        record = records[row["corpus"], row["key"]]
+        assert list(row)[:10] == ["step", *FIELDS]
+        assert (row["step"], row["task"]) == (7, cards[row["corpus"]].task)
+        assert (row["output"], row["new_tokens"]) == (f"{record.n_samples}", len(sets[0].chat.text(row["output"])))
+        answered = [v.turns[1].text for v in record.variants if v.turns[0].text == row["prompt"]]
+        assert sorted(row["references"]) == sorted(answered)
+        assert row["references"][0] == answered[0] or len(answered) > 1
+    few = test.answer(lora, 3, 0, 1, same, end=False)
+    assert [r["id"] for r in few] == [r["id"] for r in free if r["mix"] == "pretrain"]  # its own mix, the same ones
+    assert len(few) == 5
+    assert ListeningTest(sets, tmp_path, 0).answer(lora, 3, 0, 1, same, end=True) == []
+
+
+@pytest.mark.parametrize("world", [2, 20])
+def test_ranks_share_the_answers_and_none_depends_on_their_number(models, sets, tmp_path, monkeypatch, world):
+    """No rank answers alone; what they say together are the rows of one process."""
+    monkeypatch.setattr(held_out, "TOGETHER", 2)
+    monkeypatch.setattr(listening, "LONGEST", 6)
+    test = ListeningTest(sets, tmp_path, 2, 4)
+    test.before(models[1], 0, 1, same)
+    whole = test.answer(models[1], 0, 0, 1, same, end=True)
+    busy, sums = Counter(), {}
+
+    def of_rank(rank: int) -> Callable[[Tensor], Tensor]:
+        calls = itertools.count()
+
+        def add(tensor: Tensor) -> Tensor:
+            busy[rank] += int(tensor.any())
+            call = next(calls)
+            sums[call] = sums.get(call, 0) + tensor
+            return sums[call]
+
+        return add
+
+    for rank in range(world):
+        together = test.answer(models[1], 0, rank, world, of_rank(rank), end=True)
+    assert [r | {"seconds": 0} for r in together] == [r | {"seconds": 0} for r in whole]
+    assert len(whole) > 8
+    assert any(r["output"] for r in whole)
+    assert sum(n > 0 for n in busy.values()) > 1
+
+
+def test_an_answer_to_a_clip_that_cannot_be_decoded_is_none_and_says_so(models, sets, tmp_path, monkeypatch):
+    asked = sets[0].open(4)
+    lost = asked[1].record.n_samples
+
+    def decode(data: bytes, n_samples: int):
+        if n_samples == lost:
+            raise Skip("damaged")
+        return audio.decode(data, n_samples)
+
+    monkeypatch.setattr(held_out, "decode", decode)
+    rows = ListeningTest(sets, tmp_path, 0, 4).answer(models[1], 0, 0, 1, same, end=False)
+    gone = [r for a, r in zip(asked, rows, strict=True) if a.record.n_samples == lost]
+    assert gone
+    assert all((r["output"], r["new_tokens"], r["finish_reason"]) == (None, 0, "unread") for r in gone)
+    assert all(r["finish_reason"] in ("stop", "length") for r in rows if r not in gone)
 
 
 def test_only_the_first_rank_writes_and_no_answers_are_asked_for_unless_wanted(models, sets, tmp_path, monkeypatch):
-    monkeypatch.setattr(listening, "generate", lambda *_: pytest.fail("nobody asked"))
-    ListeningTest(sets, tmp_path, 0).before(models[1], 0, 1, same)
+    with monkeypatch.context() as patch:
+        patch.setattr(listening, "generate", lambda *_: pytest.fail("nobody asked"))
+        ListeningTest(sets, tmp_path, 0).before(models[1], 0, 1, same)
     (tmp_path / "text_only.json").unlink()
+    monkeypatch.setattr(listening, "LONGEST", 2)
     ListeningTest(sets, tmp_path, 3).before(models[1], 1, 2, same)
     assert not (tmp_path / "text_only.json").exists()
 
@@ -352,12 +414,13 @@ def test_a_stage_no_better_than_the_decoder_alone_is_told():
 
 def write_answers(path: Path, *groups: tuple[str, list[str], list[tuple[str, str, str | None]]]) -> None:
     rows = [
-        {"mix": "sft", "corpus": corpus, "key": "k", "question": "?", "reference": reference, "answer": answer,
-         "text_only": text, "answers": answers}
-        for corpus, answers, cells in groups for reference, answer, text in cells
+        {"step": 9, "mix": "sft", "corpus": corpus, "key": "k", "prompt": "?", "references": [reference, "!"],
+         "output": answer, "text_only": text, "choices": choices}
+        for corpus, choices, cells in groups for reference, answer, text in cells
     ]  # fmt: skip
-    free = {"mix": "sft", "corpus": "c", "key": "k", "question": "Write.", "reference": "A dog.", "answer": "A cat."}
-    path.write_text("".join(json.dumps(r) + "\n" for r in (*rows, free)))
+    free = {"step": 9, "prompt": "Write.", "references": ["A dog."], "output": "A cat.", "choices": []}
+    before = [row | {"step": 4, "output": "a"} for row in (*rows, free)]
+    path.write_text("".join(json.dumps(r) + "\n" for r in (*before, *rows, free)))
 
 
 def test_the_table_of_answers_counts_exact_matches(tmp_path):
@@ -412,7 +475,11 @@ def told(stage: str, tiny: Tiny, runs: Path, **more: object) -> tuple[Path, str]
     return folder, out.getvalue()
 
 
-LOOK = {"data__also": "[sft]", "data__answers": 2}
+LOOK = {"data__also": "[sft]", "data__answers": 2, "log__answers": 2}
+
+
+def without_seconds(file: Path) -> list[dict]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(file)]
 
 
 @pytest.fixture(scope="module")
@@ -444,9 +511,15 @@ def test_the_end_of_a_stage_is_printed(whole):
     assert lines[start : start + len(ending(folder))] == ending(folder)
     assert "listening: with another clip" in out
     assert "exact match of greedy answers" in out
-    rows = [json.loads(line) for line in (folder / "answers.jsonl").read_text().splitlines()]
-    assert sum("answers" in r for r in rows) == 4
-    assert all(r["text_only"] is not None for r in rows if "answers" in r)
+    rows = read_metrics(folder / "answers.jsonl")
+    assert Counter(r["step"] for r in rows) == {0: 2, 2: 2, 4: 2 + 2 + 4}
+    assert sum(r.get("text_only") is not None for r in rows) == 4
+    assert [r["id"] for r in rows if r["step"] == 0] == [r["id"] for r in rows if r["step"] == 2]
+    assert "2 of them answered in words (at most 48 tokens each)" in (folder / "trainable.txt").read_text()
+    took = [r for r in read_metrics(folder / "speed.jsonl") if "validation_s" in r]
+    assert [r["step"] for r in took] == [0, 2, 4]
+    assert all(0 < r["answers_s"] < r["validation_s"] for r in took)
+    assert "besides, 3 validations took" in out
 
 
 def test_the_decoder_alone_is_measured_once_and_survives_a_resume(tiny, whole, tmp_path, monkeypatch):
@@ -457,8 +530,9 @@ def test_the_decoder_alone_is_measured_once_and_survives_a_resume(tiny, whole, t
             told("stage1_align", tiny, tmp_path, **LOOK)
     folder, out = told("stage1_align", tiny, tmp_path, **LOOK)
     assert "resuming at step 2" in out
-    for file in ("text_only.json", "answers.jsonl", "metrics.jsonl"):
+    for file in ("text_only.json", "metrics.jsonl"):
         assert (folder / file).read_text() == (whole[0] / file).read_text(), file
+    assert without_seconds(folder / "answers.jsonl") == without_seconds(whole[0] / "answers.jsonl")  # none twice
 
 
 def test_the_first_try_of_a_killed_run_leaves_no_text_only_behind(tiny, whole, tmp_path, monkeypatch):

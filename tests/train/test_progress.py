@@ -80,6 +80,7 @@ def test_the_summary_is_weighted(tmp_path):
          "encoder_padding": 0.0, "decoder_padding": 0.0, "waiting": 0.0},
         {"step": 2, "seconds": 20.0, "audio_h_per_device_h": 30.0, "mfu": 0.3, "slots_per_s": 300.0,
          "encoder_padding": 0.25, "decoder_padding": 0.5, "waiting": 0.4},
+        {"step": 0, "validation_s": 40.0, "answers_s": 3.0}, {"step": 2, "validation_s": 50.0, "answers_s": 4.4},
     ]  # fmt: skip
     (tmp_path / "speed.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     metrics = [
@@ -90,7 +91,8 @@ def test_the_summary_is_weighted(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in metrics))
     assert speed(tmp_path) == [
         "1.50 audio-hours trained on; on a device 15 audio-hours an hour, MFU 15.0%; padding 33.3% of the slots, 14.3% of "
-        "the frames; 10.0% of the time waiting for data"
+        "the frames; 10.0% of the time waiting for data",
+        "besides, 2 validations took 1 min 30 s, 7 s of it for answers in words",
     ]
     (tmp_path / "speed.jsonl").unlink()
     assert speed(tmp_path) == []
@@ -101,6 +103,8 @@ def test_a_run_says_it_all(tiny_data, tmp_path, capsys):
     run_stage("text_decoder", tiny_data, tmp_path, log__progress="true", run__length="2 steps", log__val_every=9)
     out = capsys.readouterr().out
     number = r"[\d.e+]+"
-    rows = rf"step 2/2  loss {number}  val {number}  {number} audio-h/h  MFU {number}%  "
+    took = rf"validated in {number} s, {number} of it for answers"
+    rows = rf"step 2/2  loss {number}  val {number}  {took}  {number} audio-h/h  MFU {number}%  "
     assert re.search(rows + rf"padding {number}%/{number}%  wait {number}%  0 s left", out), out
+    assert re.search(rf"step 0/2  val {number}  {took}", out), out
     assert re.search(rf"{number} audio-hours trained on; on a device {number} audio-hours an hour, MFU", out)

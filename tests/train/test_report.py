@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from midasheng.config import UserError
-from midasheng.train.answers import CLIPS
+from midasheng.train.answers import CLIPS, EARLIER
 from midasheng.train.curves import draw, read_curves, write_csv
 from midasheng.train.report import Report
 from midasheng.train.run_folder import Run, kept, smoothed
@@ -184,7 +184,8 @@ def test_a_running_stage_is_followed_and_a_resume_that_drops_rows_too(tmp_path):
 
 def test_whatever_stands_in_the_files_is_text(tmp_path):
     folder = write_run(tmp_path / "one", stage=f'"{EVIL}"')
-    answer = {"mix": "m", "corpus": EVIL, "key": EVIL, "question": EVIL, "reference": EVIL, "answer": EVIL}
+    answer = {"step": 1, "id": EVIL, "mix": "m", "corpus": EVIL, "key": EVIL, "prompt": EVIL, "output": EVIL}
+    answer |= {"references": [EVIL], "choices": []}
     write_rows(folder / "answers.jsonl", [answer])
     rows = [train_row(1, 1.0, corpora={EVIL: {"loss_sum": 1.0, "targets": 1}})]
     write_rows(folder / "metrics.jsonl", rows)
@@ -194,7 +195,7 @@ def test_whatever_stands_in_the_files_is_text(tmp_path):
     assert "<img" not in page
     assert page.count("</script>") == 4
     blocks = [page.split(f'id="{name}">')[1].split("</script>")[0] for name in ("data", "clips")]
-    assert json.loads(blocks[0])["runs"][0]["answers"]["shown"][0]["answer"] == EVIL
+    assert json.loads(blocks[0])["runs"][0]["answers"]["shown"][0]["output"] == EVIL
     policy = page.split('Content-Security-Policy" content="')[1].split('"')[0]
     assert "default-src 'none'; script-src 'sha256-" in policy
     assert "unsafe-inline" not in policy.split("script-src")[1].split(";")[0]
@@ -204,13 +205,23 @@ def test_whatever_stands_in_the_files_is_text(tmp_path):
 
 def test_answers_without_their_data_are_shown_with_the_reason(tmp_path):
     folder = write_run(tmp_path / "one")
-    row = {"mix": "m", "corpus": "a", "question": "Which?", "reference": "yes", "text_only": None}
-    closed = [row | {"key": f"k{n}", "answer": "no" if n % 10 else "yes", "answers": ["no", "yes"]} for n in range(90)]
-    write_rows(folder / "answers.jsonl", [*closed, row | {"key": "open", "answer": "so", "corpus": "b"}])
+    row = {"mix": "m", "corpus": "a", "prompt": "Which?", "references": ["yes"], "text_only": None}
+    closed = [
+        row | {"key": f"k{n}", "id": f"a{n}", "output": "no" if n % 10 else "yes", "choices": ["no", "yes"]}
+        for n in range(90)
+    ]  # fmt: skip
+    asked = [*closed, row | {"key": "open", "id": "b", "output": "so", "corpus": "b", "choices": []}]
+    before = [{"step": s, **a, "output": f"said at {s}"} for s in range(20) for a in asked[:2]]
+    damaged = [{"step": 20, **asked[0], "references": "yes"}, {"step": 20, **asked[0], "output": None}]
+    write_rows(folder / "answers.jsonl", [*before, *({"step": 20} | a for a in asked), *damaged])
     report = Report(tmp_path)
     report.follow()
     found = report.data()["runs"][0]["answers"]
-    assert (found["rows"], len(found["shown"])) == (91, CLIPS)
+    assert (found["rows"], found["step"], len(found["shown"])) == (91, 20, CLIPS)
+    earlier = {r["key"]: r["earlier"] for r in found["shown"]}
+    assert (earlier["k0"][0], earlier["k0"][-1]) == ((0, "said at 0"), (19, "said at 19"))
+    assert len(earlier["k0"]) == EARLIER
+    assert earlier["open"] == []
     assert {"open", "k0", "k1"} <= {r["key"] for r in found["shown"]}  # every question, wrong ones and right ones
     (exact,) = found["exact"]
     assert (exact["clips"], exact["exact"], exact["chance"]) == (90, 0.1, 1.0)

@@ -70,8 +70,15 @@ def ledger(folder: Path) -> list[tuple[int, int, list[list[int]]]]:
     return found
 
 
+def said(run: Path) -> list[dict]:
+    """Rows of answers.jsonl, but for how long an answer took."""
+    path = run / "answers.jsonl"
+    return [row | {"seconds": None} for row in read_metrics(path)] if path.exists() else []
+
+
 def same_run(one: Path, other: Path) -> None:
     assert read_metrics(one / "metrics.jsonl") == read_metrics(other / "metrics.jsonl")
+    assert said(one) == said(other)
     assert ledger(one) == ledger(other)
     assert ledger(one)
     for file in ("weights/model.safetensors", "weights/adapter/adapter_model.safetensors"):
@@ -85,6 +92,7 @@ def same_run(one: Path, other: Path) -> None:
 def test_interrupted_equals_unbroken_bit_for_bit(tiny, tmp_path, monkeypatch, workers):
     """Two stops, the second between checkpoints and between rows; dropout, fresh encoder, an epoch's wrap."""
     more = {"run__length": "9 steps", "log__every": 2, "hardware__workers": workers, "data__val_clips": 3}
+    more |= {"log__answers": 2}
     run_stage("stage1_align", tiny, tmp_path / "whole", **more)
     unbroken = run_stage("stage2_pretrain", tiny, tmp_path / "whole", **more)
     run_stage("stage1_align", tiny, tmp_path / "parts", **more)
@@ -95,6 +103,7 @@ def test_interrupted_equals_unbroken_bit_for_bit(tiny, tmp_path, monkeypatch, wo
                 run_stage("stage2_pretrain", tiny, tmp_path / "parts", **more)
     parts = run_stage("stage2_pretrain", tiny, tmp_path / "parts", **more)
     same_run(unbroken, parts)
+    assert len(said(parts)) == 2 * 6  # validations behind steps 0, 2, 4, 6, 8, 9
     assert [step for step, *_ in ledger(parts)] == list(range(9))
 
 
@@ -225,6 +234,7 @@ def test_two_processes_are_the_same_run_as_one(tiny, tmp_path):
     """Plain DDP over gloo, three packs a step on two ranks (one pack is a dummy), fp32 AdamW, dropout keyed by pack:
     losses and weights within float noise, same samples; the mean of rank means would be far off."""
     more = {"batch__packs_per_step": 3, "optim__name": "adamw", "run__length": "4 steps"}
+    more |= {"log__answers": 20, "data__val_clips": 20}
     run_stage("stage1_align", tiny, tmp_path / "one", **more)
     one = run_stage("stage2_pretrain", tiny, tmp_path / "one", **more)
     settings = [f"{k.replace('__', '.')}={v}" for k, v in more.items()]
@@ -240,6 +250,8 @@ def test_two_processes_are_the_same_run_as_one(tiny, tmp_path):
         assert a.get("grad_norm", 0) == pytest.approx(b.get("grad_norm", 0), rel=1e-4)
         for kind in ("listening", "alike", "text_only"):
             assert (a.get(kind) or {}) == pytest.approx(b.get(kind) or {}, rel=1e-3, abs=1e-4)
+    assert said(two) == said(one)
+    assert [row["step"] for row in said(one)][:: len(said(one)) // 3] == [0, 2, 4]
     assert ledger_rows(two) == ledger_rows(one)
     assert {p.name for p in (two / "ledger").iterdir()} == {"rank0.bin", "rank1.bin", "states.jsonl"}
     a, b = load_file(one / "weights/model.safetensors"), load_file(two / "weights/model.safetensors")
