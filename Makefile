@@ -53,7 +53,7 @@ ASKED   = $(if $(TASK),--task "$(TASK)") $(if $(PROMPT),--prompt "$(PROMPT)") $(
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data prepare check-data index finetune stage1 stage2 stage3 submit stages curves report watch peek audit chat evaluate export keys bench test test-browser lint
+.PHONY: help setup data prepare check-data index finetune stage1 stage2 stage3 submit stages curves report watch peek audit bisect chat evaluate export keys bench test test-browser lint
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -125,6 +125,10 @@ audit: setup  ## what run NAME was really trained on (STEP=n: the samples of a s
 	@[ -n "$(NAME)" ] || { echo "error: say which run: make audit NAME=stage2_pretrain"; exit 2; }
 	@$(PY) -m stages.audit --scale "$(SCALE)" --runs "$(RUNS)" --name "$(NAME)" $(if $(STEP),--step $(STEP)) \
 	  $(if $(KEY),--key "$(KEY)")
+
+bisect: setup  ## why steps of run NAME were not finite (STEP=n: that one): which sample; data, numerics or weights
+	@[ -n "$(NAME)" ] || { echo "error: say which run: make bisect NAME=stage2_pretrain"; exit 2; }
+	@$(PY) -m stages.bisect --scale "$(SCALE)" --runs "$(RUNS)" --name "$(NAME)" $(if $(STEP),--step $(STEP))
 
 chat: setup  ## ask a trained model: AUDIO=x.wav (or several) PROMPT="..."; without PROMPT it waits for questions
 	@[ -n "$(AUDIO)" ] || { echo 'error: say what to listen to: make chat AUDIO=x.wav PROMPT="What is heard?"'; exit 2; }

@@ -34,7 +34,8 @@ def section(cls: type, doc: str) -> Any:
     return field(default_factory=cls, metadata={"doc": doc, "free": False})
 
 
-AUTO = "auto"  # of batch.pack_slots and hardware.attention
+AUTO = "auto"  # of batch.pack_slots, hardware.attention and hardware.strategy
+DDP, FSDP = "ddp", "fsdp"  # the other values of hardware.strategy
 SDPA, VARLEN = KERNELS = ("sdpa", "varlen")  # the other values of hardware.attention
 HEARD, LEFT_OUT, TOLD = CLIPS = ("heard", "left_out", "told")  # values of data.clips
 
@@ -188,6 +189,15 @@ class Hardware:
     nodes: int = key(1, "nodes (make: NODES=)", free=True)
     stall_s: float = key(
         60.0, "seconds that a rank waits for its data before rank 0's log says which record holds it up", free=True
+    )
+    strategy: str = key(
+        AUTO,
+        "ddp: each rank holds the whole model; fsdp: ranks share weights, gradients and optimizer states (FSDP2); "
+        "auto: fsdp where more than 1e9 parameters learn",
+        free=True,
+    )
+    shard: int = key(
+        0, "fsdp: ranks that share one copy of the model, as the GPUs of a node; 0: all ranks share one", free=True
     )
     workers: int = key(2, "loader processes per rank; 0 loads in the training process", free=True)
     prefetch: int = key(2, "steps that each loader process loads ahead", free=True)
@@ -454,6 +464,7 @@ def _check_values(stage: Stage) -> None:
         ("data.on_change", stage.data.on_change, ("refuse", "restart_plan")),
         ("batch.kind", stage.batch.kind, ("report", "throughput")),
         ("hardware.attention", stage.hardware.attention, (AUTO, *KERNELS)),
+        ("hardware.strategy", stage.hardware.strategy, (AUTO, DDP, FSDP)),
     ):
         require(value in allowed, f"{name}: {value!r}; write {', '.join(allowed[:-1])} or {allowed[-1]}")
     require(

@@ -61,8 +61,8 @@ class Audit:
         why = f" ({', '.join(f'{n} {reason}' for reason, n in self.holes.items())})" if self.holes else ""
         lines = [
             f"{self.steps} steps, {samples:.0f} samples, {hours:.2f} h heard, {targets:.0f} targets; "
-            f"{sum(c.holes for c in self.corpora.values())} holes{why}, {self.passed_over} fitted no pack, {self.waiting} "
-            f"drawn and not yet packed; keys of {self.checked_keys} steps compared",
+            f"{sum(c.holes for c in self.corpora.values())} holes{why}, {self.passed_over} fitted no pack, "
+            f"{self.waiting} drawn and not yet packed; keys of {self.checked_keys} steps compared",
             f"{'corpus':26}{'asked':>8}{'samples':>9}{'hours':>8}{'targets':>9}{'epochs':>9}   licence",
         ]
         rows = [(name, [c], f"{c.epochs:9.3f}   {c.licence}") for name, c in self.corpora.items()]

@@ -190,17 +190,17 @@ class Ledger:
     def reachable(self, trained: NDArray[np.int64], skipped: Sequence[Skipped]) -> None:
         """Before a step is taken: raises ServerLost when its holes are no bad records, but a server that is gone. Each
         of them was tried for two minutes; to train on without it would spend the corpus unseen."""
-        good = {self.corpora[corpus] for corpus in np.unique(trained[trained[:, 3] > 0, 0]).tolist()}
-        self.away = Counter({corpus: n for corpus, n in self.away.items() if corpus not in good})
-        for s in skipped:
-            if s.reason == "unreachable" and s.corpus not in good:
-                self.away[s.corpus] += 1
-                if self.away[s.corpus] >= LOST:
-                    raise ServerLost(
-                        f"corpus {s.corpus}: {self.away[s.corpus]} records in a row could not be read, the last one "
-                        f"{s.key}: the server or mount of its shards is gone. When it is back the same command goes on "
-                        "from the last checkpoint"
-                    )
+        holes = iter([s for s in skipped if s.place is None])  # as their rows stand in `trained`
+        for number, *_, good in trained.tolist():
+            corpus = self.corpora[number]
+            hole = None if good else next(holes)
+            self.away[corpus] = self.away[corpus] + 1 if hole and hole.reason == "unreachable" else 0
+            if hole and self.away[corpus] >= LOST:
+                raise ServerLost(
+                    f"corpus {corpus}: {self.away[corpus]} records in a row could not be read, last {hole.key}: "
+                    "the server or mount of its shards is gone. When it is back, the same command goes on from the "
+                    "last checkpoint"
+                )
 
     def step(self, number: int, trained: NDArray[np.int64], checksum: int, skipped: Iterable[Skipped]) -> None:
         """One step of this rank: rows as in StepBatch, and the holes. Raises RottenCorpus."""

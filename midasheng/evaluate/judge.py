@@ -49,7 +49,7 @@ class Judge:
         if not model:
             raise UserError("judge: say which model judges, judge_model=NAME: a score without its judge means nothing")
         self.url, self.model, self.path = url.rstrip("/"), model, kept
-        lines = kept.read_text(encoding="utf-8").splitlines() if kept.is_file() else []
+        lines = kept.read_bytes().splitlines() if kept.is_file() else []
         self.kept: dict[str, str] = {k["asked"]: k["reply"] for k in map(json.loads, lines)}
 
     def reply(self, question: str, reference: str, first: str, second: str) -> str:

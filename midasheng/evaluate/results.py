@@ -187,7 +187,8 @@ def _of_task(task: Task, rows: Sequence[Row], asked: dict[str, Any], means: Mean
         numbers |= {f"date_{g}": {"value": v} for g, v in date(means.mecat, task.score["date"], rows).items()}
     return {
         "dataset": task.dataset, "table": task.table, "published": task.published,
-        "number": next(iter(scored.numbers), None), "paper": scored.paper or None, "numbers": numbers,
+        "number": next(iter(scored.numbers), None), "paper": scored.paper or None,
+        "chance": scored.chance or None, "numbers": numbers,
         **score.counts(rows), "unparsed": scored.counts.get("unparsed"),
         "counts": {key: value for key, value in scored.counts.items() if key != "unparsed"},
         "scorer": scored.scorer, "normaliser": scored.normaliser, "lacking": lacking or None,
@@ -203,25 +204,27 @@ def _percent(value: float | None) -> str:
 def table(told: dict[str, Any]) -> str:
     """Markdown; numbers in percent."""
     counted = ["n", "empty", "missing", "truncated", "unparsed"]
-    columns = ["task", "number", "value", "interval", "paper", "published", *counted, "scorer, normaliser"]
+    columns = ["task", "number", "value", "interval", "chance", "paper", "published", *counted, "scorer, normaliser"]
     lines = [
         f"# {told['suite']}", "",
         "; ".join(f"{key} {str(value)[:16]}" for key, value in told["made"].items()) + ".",
-        f"In percent; interval: {told['interval']}. `paper` follows the authors' protocol, `published` is what they",
-        "report of their 7B. Hashes, versions and all other numbers are in results.json.", "",
+        f"In percent; interval: {told['interval']}. `chance` is had without hearing, `paper` follows",
+        "the authors' protocol, `published` is what they report of their 7B. All else is in results.json.", "",
         "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|",
     ]  # fmt: skip
     for name, task in told["tasks"].items():
         found = task["numbers"].get(task["number"], {})
         low, high = found.get("low"), found.get("high")
         spread = "-" if low is None else f"{_percent(low)} to {_percent(high)}"
-        paper = _percent(task["numbers"][task["paper"]]["value"]) if task["paper"] else "-"
+        chance, paper = (
+            _percent(task["numbers"][task[kind]]["value"]) if task[kind] else "-" for kind in ("chance", "paper")
+        )
         published = "-" if task["published"] is None else f"{task['published']:g}"
         gone = task["missing"] + task["unread"]
         unparsed = "-" if task["unparsed"] is None else task["unparsed"]
         lines.append(
-            f"| {name} | {task['number'] or '-'} | {_percent(found.get('value'))} | {spread} | {paper} | {published} "
-            f"| {task['n']} | {task['empty']} | {gone} | {task['truncated']} | {unparsed} "
+            f"| {name} | {task['number'] or '-'} | {_percent(found.get('value'))} | {spread} | {chance} | {paper} "
+            f"| {published} | {task['n']} | {task['empty']} | {gone} | {task['truncated']} | {unparsed} "
             f"| {task['scorer']}, {task['normaliser']} |"
         )
     lines += ["", *(f"- {name}: {task['lacking']}" for name, task in told["tasks"].items() if task["lacking"])]

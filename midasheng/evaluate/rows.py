@@ -56,7 +56,8 @@ def read_rows(path: Path) -> list[Row]:
     if not path.is_file():
         raise UserError(f"no answers at {path}; `make evaluate NAME=...` makes them")
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # of bytes: a str has other ends of lines too, which JSON leaves as they are within a text
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             fields = json.loads(line)
         except ValueError:

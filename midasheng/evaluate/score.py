@@ -7,6 +7,7 @@ empty or missing is wrong, for every number but a transcript's whose name says `
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -48,13 +49,14 @@ class Number:
 @dataclass(frozen=True)
 class Scored:
     """What a scorer says of a task's rows. The first of `numbers` is the task's value; `paper` names the one that the
-    authors' protocol gives."""
+    authors' protocol gives, `chance` what one has who hears nothing."""
 
     scorer: str  # name/version
     normaliser: str
     numbers: dict[str, Number]
     paper: str = ""
     counts: dict[str, int] = field(default_factory=dict)  # of this scorer: unparsed, substitutions, ...
+    chance: str = ""
 
 
 def _number(value: float) -> float | None:
@@ -142,6 +144,20 @@ def transcripts(rows: Sequence[Row], normalise: str = "english", unit: str = "wo
     )  # fmt: skip
 
 
+# -- answers of few words ----------------------------------------------------------------------------------------------
+
+
+def exact(output: str | None, references: Sequence[str]) -> bool:
+    """Is an output one of the references, to the character? Training's validation counts with it too."""
+    return output in references
+
+
+def most_frequent(references: Sequence[str]) -> Number:
+    """What always giving the most frequent reference gets."""
+    most = Counter(references).most_common(1)
+    return ratio([reference == most[0][0] for reference in references])
+
+
 # -- one label ---------------------------------------------------------------------------------------------------------
 
 
@@ -158,8 +174,11 @@ def labels_in(output: str, labels: Sequence[str]) -> set[str]:
 
 
 def label(rows: Sequence[Row], labels: Sequence[str] = ()) -> Scored:
-    """One label of a set: `contained` (of all labels the reference alone stands in the output), `strict` (it is the
-    output), and `contained_paper`, the authors' rule: the reference's characters stand somewhere in the output's.
+    """One label of a set.
+
+    `contained`: of all labels the reference alone stands in the output. `strict`: it is the output, but for case and
+    punctuation; `exact`: to the character. `contained_paper`, the authors' rule: the reference's characters stand
+    somewhere in the output's.
 
     The set is `labels`, or else all references and choices of the task.
     """
@@ -170,10 +189,13 @@ def label(rows: Sequence[Row], labels: Sequence[str] = ()) -> Scored:
         {
             "contained": ratio([f == {plain(row.references[0])} for f, row in zip(found, rows, strict=True)]),
             "strict": ratio([plain(row.text) == plain(row.references[0]) for row in rows]),
+            "exact": ratio([exact(row.output, row.references) for row in rows]),
             "contained_paper": ratio([row.references[0].lower().strip() in row.text.lower().strip() for row in rows]),
+            "most_frequent": most_frequent([row.references[0] for row in rows]),
         },
         "contained_paper",
         {"unparsed": sum(not f for f in found), "several": sum(len(f) > 1 for f in found), "labels": len(known)},
+        "most_frequent",
     )  # fmt: skip
 
 
@@ -237,7 +259,7 @@ def labels(rows: Sequence[Row], separator: str = ";", rewrite: Sequence[Sequence
     functions = {"macro_ap": macro, "micro_ap": micro, "macro_f1": f1, "macro_ap_of_nothing": nothing}
     return Scored(
         "labels/1", "lower case", {name: Number(rows_NK, f) for name, f in functions.items()}, "macro_ap",
-        {"labels": number, "unknown_labels": unknown, "unparsed": unparsed},
+        {"labels": number, "unknown_labels": unknown, "unparsed": unparsed}, "macro_ap_of_nothing",
     )  # fmt: skip
 
 
@@ -318,8 +340,9 @@ def choice(rows: Sequence[Row]) -> Scored:
             "token_subset_of_texts": ratio(
                 [token_subset(t, row.text, row.choices) for t, row in zip(texts, rows, strict=True)]
             ),
+            "most_frequent": most_frequent(right),
         },
-        "token_subset_paper", {"unparsed": sum(m is None for m in meant)},
+        "token_subset_paper", {"unparsed": sum(m is None for m in meant)}, "most_frequent",
     )  # fmt: skip
 
 

@@ -218,7 +218,10 @@ def _of_file(task: Task, root: Path) -> list[Question]:
     if not path.is_file():
         where = f" (from {task.homepage})" if task.homepage else ""
         raise TaskError(f"{task.name}: no {path}; put {task.dataset}{where} there, one JSON line for each question")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        lines = [json.loads(line) for line in path.read_bytes().splitlines() if line.strip()]
+    except ValueError as error:
+        raise TaskError(f"{task.name}: {path} is no JSONL: {error}") from None
     used = ["audio", task.reference, *([task.choices] if task.choices else []), *task.where]
     used += [task.question] if "{question}" in task.prompt else []
     found, seen = [], dict[str, int]()

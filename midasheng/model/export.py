@@ -28,7 +28,7 @@ from midasheng.model.adapt import base_state
 from midasheng.model.audio_lm import PARTS, AudioLM
 from midasheng.model.certificate import ExportError, Trial, check_inputs, compare, demand, listen, reload
 from midasheng.model.encoder import EncoderShape
-from midasheng.model.sources import Source, open_source, part_digests, sha256_file
+from midasheng.model.sources import Source, digest, open_source, sha256_file
 from midasheng.model.weights import Start, carry_lora, load, released_config
 
 REMOTE = Path(__file__).parent / "remote"
@@ -130,7 +130,7 @@ def check_adapter_base(source: Source) -> None:
         raise ExportError(f"{source.where} has no adapter (its stage trained without LoRA); say FORMAT=hf")
     ends = source.record["parts"]["decoder"]
     names = [n for n in source.shapes if n.startswith("decoder.")]
-    now = part_digests({n: source.read(n) for n in names})["decoder"]
+    now = digest(names, source.read)
     if not ends["start"] == ends["end"] == now:
         raise ExportError(
             f"{source.where}: the decoder below the adapter is not the one that the run started from (started from "

@@ -248,19 +248,24 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """Hash of named tensors as float32: tells whether a part is still what it was."""
+def digest(names: Iterable[str], read: Callable[[str], Tensor]) -> str:
+    """Hash of named tensors as float32: tells whether a part is still what it was. Holds one of them at a time."""
     total = hashlib.sha256()
-    for name, tensor in sorted(tensors, key=lambda item: item[0]):
+    for name in sorted(names):
         total.update(name.encode())
-        for piece in tensor.detach().flatten().split(PIECE):  # not whole: an embedding in float32 takes gigabytes
+        for piece in read(name).detach().flatten().split(PIECE):  # not whole: an embedding in float32 takes gigabytes
             total.update(piece.to("cpu", torch.float32).contiguous().numpy())
     return total.hexdigest()[:16]
 
 
 def part_digests(tensors: dict[str, Tensor]) -> dict[str, str]:
     """Part (audio_encoder, audio_projector, decoder) -> digest."""
-    return {p: digest((n, t) for n, t in tensors.items() if n.startswith(p + ".")) for p in PARTS}
+    return digests_of_parts(tensors, tensors.__getitem__)
+
+
+def digests_of_parts(names: Collection[str], read: Callable[[str], Tensor]) -> dict[str, str]:
+    """The same of tensors that are read one after the other."""
+    return {p: digest((n for n in names if n.startswith(p + ".")), read) for p in PARTS}
 
 
 def _handed_off(folder: Path) -> Source:
@@ -306,7 +311,7 @@ def check_learned(source: Source, take: Sequence[str]) -> None:
     for part, ends in source.record.get("parts", {}).items():
         if not ends["trained"] or not any(matches(n, take) for n in source.shapes if n.startswith(part + ".")):
             continue
-        now = digest((n, source.read(n)) for n in source.shapes if n.startswith(part + "."))
+        now = digest((n for n in source.shapes if n.startswith(part + ".")), source.read)
         if now == ends["start"]:
             raise WeightsError(
                 f"start: {source.where}: {part} is identical to what stage {source.record['stage']} started from, "

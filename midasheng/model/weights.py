@@ -14,14 +14,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import save_torch_state_dict
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from midasheng import frames
 from midasheng.model.adapt import LoraPlan, base_state, kept_in, lora_state, matches
 from midasheng.model.audio_lm import PARTS, AudioLM
-from midasheng.model.sources import EMBEDDING, FLOATS, HEAD, Source, WeightsError, part_digests, sha256_file
+from midasheng.model.sources import EMBEDDING, FLOATS, HEAD, Source, WeightsError, digests_of_parts, sha256_file
+
+FILE_BYTES = 5 * 10**9  # of weights/model*.safetensors at most, unless one tensor is larger
+Gather = Callable[[Tensor], Tensor]
+
+
+def on_cpu(tensor: Tensor) -> Tensor:
+    """A tensor that lies here whole, as files take it."""
+    return tensor.detach().cpu().contiguous()
 
 
 @dataclass(frozen=True)
@@ -326,29 +334,36 @@ def released_config(model: AudioLM, audio_ids: Mapping[str, int]) -> dict[str, A
 
 def hand_off(
     model: AudioLM, folder: Path, record: dict[str, Any], plan: LoraPlan | None, *, start_digests: dict[str, str],
-    audio_ids: Mapping[str, int], save_tokenizer: Callable[[Path], None],
+    audio_ids: Mapping[str, int], save_tokenizer: Callable[[Path], None], gather: Gather = on_cpu,
 ) -> dict[str, Any]:  # fmt: skip
     """Write weights/: model*.safetensors under released names, adapter/ in peft's format, tokenizer, config.json and
     stage.json. All or nothing: written beside and renamed. Returns stage.json's content.
 
+    `gather`: makes a tensor whole. Where ranks share the model, the others iterate over `handed_off` and gather each as
+    well; nobody holds more than one file of it.
     Raises AssertionError when a part that was trained is bit-identical to what it started from, or LoRA has no effect.
     """
-    base = {n: t.cpu().contiguous() for n, t in base_state(model).items()}
     trained = {p: any(q.requires_grad for q in getattr(model, p).parameters()) for p in PARTS}
-    ends = part_digests(base)
     # LoRA trains the decoder without changing its base
     full = {p: trained[p] and not (p == "decoder" and plan is not None) for p in PARTS}
-    for part in PARTS:
-        assert not full[part] or ends[part] != start_digests[part], f"{part} was trained but did not change"
-    if plan is not None:  # a fresh B is zero, and LoRA without effect
-        moved = any(bool(t.any()) for n, t in lora_state(model).items() if n.endswith(".lora_B.weight"))
-        assert moved, "LoRA was trained but every B is still zero"
     temporary = folder.with_name(folder.name + ".part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    save_torch_state_dict(base, temporary, max_shard_size="5GB")
-    if plan is not None:
-        _save_adapter(model, temporary / "adapter", plan)
+    base = base_state(model)
+    written = _save_in_files(base, temporary, gather)
+    lora = {n: gather(t) for n, t in lora_state(model).items()}
+
+    def read(name: str) -> Tensor:
+        with safe_open(temporary / written[name], "pt") as file:
+            return file.get_tensor(name)
+
+    ends = digests_of_parts(base, read)
+    for part in PARTS:
+        assert not full[part] or ends[part] != start_digests[part], f"{part} was trained but did not change"
+    if plan is not None:  # a fresh B is zero, and LoRA without effect
+        moved = any(bool(t.any()) for n, t in lora.items() if n.endswith(".lora_B.weight"))
+        assert moved, "LoRA was trained but every B is still zero"
+        _save_adapter(lora, temporary / "adapter", plan)
     save_tokenizer(temporary)
     config = json.dumps(released_config(model, audio_ids), indent=2, default=str)
     (temporary / "config.json").write_text(config + "\n", encoding="utf-8")
@@ -365,10 +380,40 @@ def hand_off(
     return record
 
 
-def _save_adapter(model: AudioLM, folder: Path, plan: LoraPlan) -> None:
+def handed_off(model: AudioLM) -> Iterator[Tensor]:
+    """What `hand_off` gathers, in its order."""
+    yield from base_state(model).values()
+    yield from lora_state(model).values()
+
+
+def _save_in_files(tensors: Mapping[str, Tensor], folder: Path, gather: Gather) -> dict[str, str]:
+    """Write safetensors of at most FILE_BYTES each, named and listed as Hugging Face's; returns name -> file. Gathers
+    what belongs in one file, in the order of `tensors`, and forgets it."""
+    files: list[list[str]] = [[]]
+    size = 0
+    for name, tensor in tensors.items():
+        if files[-1] and size + tensor.nbytes > FILE_BYTES:
+            files.append([])
+            size = 0
+        files[-1].append(name)
+        size += tensor.nbytes
+    written: dict[str, str] = {}
+    for number, names in enumerate(files, 1):
+        file = f"model-{number:05d}-of-{len(files):05d}.safetensors" if len(files) > 1 else "model.safetensors"
+        save_file({n: gather(tensors[n]) for n in names}, folder / file, metadata={"format": "pt"})
+        written |= dict.fromkeys(names, file)
+    if len(files) > 1:
+        total = sum(t.nbytes for t in tensors.values())
+        index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(written.items()))}
+        text = json.dumps(index, indent=2) + "\n"
+        (folder / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+    return written
+
+
+def _save_adapter(lora: Mapping[str, Tensor], folder: Path, plan: LoraPlan) -> None:
     """peft's own layout, for the whole released model: PeftModel.from_pretrained reads it."""
     folder.mkdir()
-    state = {f"base_model.model.{n}": t.cpu().contiguous() for n, t in lora_state(model).items()}
+    state = {f"base_model.model.{n}": t for n, t in lora.items()}
     save_file(state, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     layers = sorted({n.removeprefix("base_model.model.").split(".lora_")[0] for n in state})
     config = {

@@ -14,6 +14,7 @@ from midasheng.data.audio import Skip, data_uri, decode
 from midasheng.data.index import Record
 from midasheng.data.room import mixes, open_chat, open_corpora
 from midasheng.data.storage import Unreachable
+from midasheng.evaluate.score import exact
 
 CLIPS, CLIP_S, CLIPS_BYTES = 24, 12.0, 4_000_000  # players of a run, seconds of each, characters of all
 EARLIER = 8  # validations of which an answer is shown
@@ -45,8 +46,8 @@ def exact_match(rows: Sequence[dict[str, Any]]) -> list[Matched]:
             groups.setdefault((row["mix"], row["corpus"], *row["choices"]), []).append(row)
 
     def share(group: Sequence[dict[str, Any]], field: str) -> float | None:
-        given = [r for r in group if r.get(field) is not None]
-        return sum(r[field] in r["references"] for r in given) / len(given) if given else None
+        given = [r for r in group if field == "output" or r.get(field) is not None]  # text alone is not always asked
+        return sum(exact(r[field], r["references"]) for r in given) / len(given) if given else None
 
     return [
         Matched(
@@ -78,7 +79,7 @@ def judged(run: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         groups.setdefault((row["mix"], row["corpus"], *row["choices"]), []).append(row)
     orders = []
     for group in groups.values():
-        wrong, right = ([r for r in group if (r["output"] in r["references"]) == good] for good in (False, True))
+        wrong, right = ([r for r in group if exact(r["output"], r["references"]) == good] for good in (False, True))
         pairs = itertools.zip_longest(wrong, right)
         orders.append([row for pair in pairs for row in pair if row is not None])
     turns = itertools.zip_longest(*orders)
@@ -88,7 +89,7 @@ def judged(run: str, rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "rows": len(rows), "step": rows[0]["step"] if rows else None,
         "shown": [
             {name: row[name] for name in ("corpus", "key", "prompt", "references", "choices", "output")} | {
-                "right": row["output"] in row["references"], "cut": row.get("finish_reason") == "length",
+                "right": exact(row["output"], row["references"]), "cut": row.get("finish_reason") == "length",
                 "text_only": row.get("text_only"), "mix": row["mix"],
                 "clip": "/".join((run, row["mix"], row["corpus"], row["key"])),
                 "earlier": _some([pair for pair in sorted(earlier[row["id"]].items()) if pair[0] < row["step"]]),

@@ -33,11 +33,11 @@ class CheckpointError(UserError):
 # -- what is in it -----------------------------------------------------------------------------------------------------
 
 
-def learned(model: AudioLM) -> dict[str, Tensor]:
+def learned(model: AudioLM, *, parameters: bool = True) -> dict[str, Tensor]:
     """What a resume cannot get anywhere else: parameters that learn, and buffers (init_bn is calibrated before step 0).
-    The tensors are the model's own."""
+    The tensors are the model's own. `parameters`: not where they lie in shards (train/shard_files.py)."""
     kept = model.state_dict().keys()
-    found = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad}
+    found = {n: p.detach() for n, p in model.named_parameters() if p.requires_grad and parameters}
     return found | {n: b for n, b in model.named_buffers() if n in kept}
 
 
@@ -108,7 +108,7 @@ def read(path: Path) -> dict[str, Any]:
 def restore(model: AudioLM, saved: dict[str, Any], path: Path) -> None:
     """Give the model back what it had learned. Raises CheckpointError when key sets, shapes, dtypes or the frozen rest
     are not those of the checkpoint."""
-    ours, theirs = learned(model), saved["learned"]
+    ours, theirs = learned(model, parameters=not saved["shards"]), saved["learned"]
     if missing := sorted(ours.keys() - theirs.keys()):
         raise CheckpointError(f"{path} lacks {len(missing)} tensors that learn here, the first {missing[0]}")
     if surplus := sorted(theirs.keys() - ours.keys()):
@@ -138,7 +138,7 @@ def restore_optimizer(model: AudioLM, optimizer: torch.optim.Optimizer, saved: d
     if surplus := sorted(state.keys() - set(chain(*names))):
         raise CheckpointError(f"{path}: state of {surplus[0]}, which the optimizer does not hold")
     for name, of in state.items():
-        moments = {k: t for k, t in _flat(of) if k in ("exp_avg", "exp_avg_sq", "state1", "state2")}
+        moments = {k: t for k, t in flat(of) if k in ("exp_avg", "exp_avg_sq", "state1", "state2")}
         wrong = [k for k, t in moments.items() if t.shape != parameters[name].shape]
         if wrong or len(moments) != 2:
             raise CheckpointError(f"{path}: {name}: its optimizer state {wrong or sorted(of)} does not fit this run's")
@@ -147,10 +147,11 @@ def restore_optimizer(model: AudioLM, optimizer: torch.optim.Optimizer, saved: d
     optimizer.load_state_dict({"state": {number[n]: of for n, of in state.items()}, "param_groups": groups})
 
 
-def _flat(state: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+def flat(state: dict[str, Any]) -> Iterable[tuple[str, Any]]:
+    """(key, value) of an optimizer's state of one parameter."""
     for key, value in state.items():
         if isinstance(value, dict):  # bitsandbytes puts its 8-bit states one deeper
-            yield from _flat(value)
+            yield from flat(value)
         else:
             yield key, value
 

@@ -23,7 +23,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from midasheng import __version__, config
-from midasheng.config import ConfigError, Stage, UserError
+from midasheng.config import DDP, FSDP, ConfigError, Stage, UserError
 from midasheng.data.index import CorpusIndex
 from midasheng.data.ledger import Ledger, Skipped, drop_after, trim
 from midasheng.data.loader import first_clips, keep_freed_memory, train_loader
@@ -35,7 +35,7 @@ from midasheng.model.audio_lm import AudioLM
 from midasheng.model.encoder import EncoderShape
 from midasheng.model.sources import WeightsError, check_learned, check_stage, open_source
 from midasheng.sample import counter_seed
-from midasheng.train import checkpoint, memory, optim, world
+from midasheng.train import checkpoint, memory, optim, sharded, world
 from midasheng.train.listening import LONGEST, ListeningTest
 from midasheng.train.meter import add_event
 from midasheng.train.module import StageModule
@@ -278,9 +278,8 @@ def train(
         restart_plan(folder, planner, saved["step"], changed)
     elif saved:
         planner.restore(saved["plan"])
-    elif calibrates(stage, data.corpora):
-        clips = first_clips(data.planner(stage.run.seed), data.corpora, CALIBRATION_CLIPS)
-        model.audio_encoder.init_bn.calibrate(model.audio_encoder.log_mel(torch.from_numpy(c)) for c in clips)
+    else:
+        calibrate(model, stage, data)
     module = StageModule(
         model, stage, data.course, [c.card.name for c in data.corpora],
         ListeningTest(data.held_out, folder, stage.data.answers, stage.log.answers), folder, ranks.stop, saved,
@@ -288,9 +287,12 @@ def train(
     # behind it nobody reads any more what the first process is about to trim
     ranks.alike({"weights": world.short([module.start_digests, module.base]), "checkpoint": str(module.done)})
     ranks.tell, steps_done = partial(tell, module), module.done
+    kind = sharded.chosen(hardware, model)
+    if kind == DDP:
+        sharded.leave_out_frozen(module)
     trainer = L.Trainer(
         accelerator=hardware.accelerator, devices=hardware.devices, num_nodes=hardware.nodes,
-        strategy="ddp" if hardware.devices * hardware.nodes > 1 else "auto",
+        strategy=sharded.strategy(kind, hardware),
         max_epochs=1, use_distributed_sampler=False, precision="32-true", limit_val_batches=0, num_sanity_val_steps=0,
         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
         callbacks=[Fails(ranks), *([ProgressLine()] if stage.log.progress else [])],
@@ -316,7 +318,8 @@ def train(
     if saved and is_first():
         aside = f"; {len(without)} samples are in {folder / FILE}" if without else ""
         print(f"resuming at step {steps_done} of {data.course.steps}{aside}")
-    if steps_done < data.course.steps:  # else it was killed between its last step and the hand-off
+    # else it was killed between its last step and the hand-off; shards are read when the ranks are there
+    if steps_done < data.course.steps or (saved and saved["shards"]):
         loader = train_loader(
             planner, data.corpora, data.chat, data.course.steps, rank=trainer.global_rank, world=trainer.world_size,
             workers=hardware.workers, prefetch=hardware.prefetch, without=without,
@@ -331,6 +334,7 @@ def train(
                 if (explained := in_words(error, module.done)) is error:
                     raise
                 raise explained from error
+        module.restore_rest()  # where no step was left to train
     if trainer.is_global_zero:
         record = {
             "stage": stage.name, "name": order.name, "scale": order.scale, "steps": module.done,
@@ -342,10 +346,13 @@ def train(
         }  # fmt: skip
         weights.hand_off(
             model, folder / "weights", record, plan, start_digests=module.start_digests,
-            audio_ids=data.chat.audio_ids, save_tokenizer=data.chat.save,
+            audio_ids=data.chat.audio_ids, save_tokenizer=data.chat.save, gather=sharded.gather,
         )  # fmt: skip
         add_event(folder, {"step": module.done, "event": "handed off"})
         print("\n".join([*ending(folder), f"skipped: {module.ledger.summary()}; weights in {folder / 'weights'}"]))
+    elif kind == FSDP:
+        for tensor in weights.handed_off(model):
+            sharded.gather(tensor)
 
 
 def restart_plan(folder: Path, planner: Planner, step: int, changed: str) -> None:
@@ -362,10 +369,12 @@ def restart_plan(folder: Path, planner: Planner, step: int, changed: str) -> Non
         print(f"data.on_change=restart_plan: {changed}; a new order from step {step} on, the old ledger is in {aside}")
 
 
-def calibrates(stage: Stage, corpora: Sequence[CorpusIndex]) -> bool:
-    """A fresh encoder that will hear audio needs one pass for the statistics of init_bn; a loaded one brings them."""
+def calibrate(model: AudioLM, stage: Stage, data: DataRoom) -> None:
+    """One pass for the statistics of init_bn where a fresh encoder will hear audio; a loaded one brings them."""
     fresh = adapt.matches("audio_encoder.init_bn.running_mean", stage.fresh)
-    return fresh and any(c.summary.mean_frames for c in corpora)
+    if fresh and any(c.summary.mean_frames for c in data.corpora):
+        clips = first_clips(data.planner(stage.run.seed), data.corpora, CALIBRATION_CLIPS)
+        model.audio_encoder.init_bn.calibrate(model.audio_encoder.log_mel(torch.from_numpy(c)) for c in clips)
 
 
 class OutOfMemory(UserError, MemoryError):

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from lightning.pytorch.core.optimizer import LightningOptimizer
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -27,7 +28,7 @@ from midasheng.model.audio_lm import AudioLM
 from midasheng.model.flops import cost, peak
 from midasheng.model.sources import part_digests
 from midasheng.sample import counter_seed
-from midasheng.train import checkpoint
+from midasheng.train import checkpoint, shard_files, sharded
 from midasheng.train.listening import ListeningTest
 from midasheng.train.meter import Meter, MetricsFile, Speed, add_event, memory_gib
 from midasheng.train.optim import clip, learning_rate, optimizer
@@ -88,6 +89,12 @@ class StageModule(L.LightningModule):
 
     # -- Lightning's hooks ------------------------------------------------------------------------------------------
 
+    def configure_model(self) -> None:
+        """Share the model among the ranks where the strategy is FSDP2."""
+        strategy = self.trainer.strategy
+        if isinstance(strategy, ModelParallelStrategy) and not sharded.groups(self.model):
+            sharded.shard(self.model, strategy.root_device.type, self.stage.hardware.shard)
+
     def configure_optimizers(self) -> torch.optim.Optimizer:
         """AdamW over what learns."""
         return optimizer(self.model.named_parameters(), self.stage.optim)
@@ -96,9 +103,7 @@ class StageModule(L.LightningModule):
         """Open the files; validate at step 0."""
         rank = self.trainer.global_rank
         assert self.planner is not None
-        if self.optimizer_saved is not None:
-            checkpoint.restore_optimizer(self.model, self._optimizer(), self.optimizer_saved, self.last)
-            self.optimizer_saved = None
+        self.restore_rest()
         wrapper = self.trainer.strategy.model
         if isinstance(wrapper, DistributedDataParallel):
             checkpoint.settle_buckets(wrapper)
@@ -116,7 +121,8 @@ class StageModule(L.LightningModule):
         self.speed = Speed(cost(self.model), at, self.trainer.world_size)
         if self.done == 0:
             self.model.eval()
-            self.test.before(self.model, *self._world())
+            with sharded.whole(self.model):
+                self.test.before(self.model, *self._world())
             self._validate(ends=True)
         self.left = time.monotonic()
 
@@ -147,7 +153,7 @@ class StageModule(L.LightningModule):
                 loss_S = self.model(pack)
                 self.manual_backward(loss_S.sum() * scale)
             losses.append(loss_S.detach())
-        norm = clip(self.model.parameters(), self.stage.optim.clip_norm)
+        norm = clip(self.model.parameters(), self.stage.optim.clip_norm, self.shards)
         read = self._read(losses, norm, sums_3)
         if read.digests != world * digest:  # CRC32: its multiples are exact in float64
             raise AssertionError(
@@ -168,7 +174,8 @@ class StageModule(L.LightningModule):
     # -- inside a step ----------------------------------------------------------------------------------------------
 
     def _gradients_stay_here(self, *, unless: bool) -> contextlib.AbstractContextManager[None]:
-        """DDP reduces gradients only with the last pack of a step."""
+        """Gradients are reduced only with the last pack of a step."""
+        sharded.sync(self.model, unless)
         wrapper = self.trainer.strategy.model
         if unless or not isinstance(wrapper, DistributedDataParallel):
             return contextlib.nullcontext()
@@ -281,7 +288,7 @@ class StageModule(L.LightningModule):
         that is asked. Is the loss the lowest of the run so far, the start left out?"""
         self.model.eval()
         began, last = time.monotonic(), self.done == self.course.steps
-        with self.speed.paused():
+        with self.speed.paused(), sharded.whole(self.model):
             row = self.test.row(self.model, *self._world(), ends=ends)
             looked = time.monotonic()
             answers = self.test.answer(self.model, self.done, *self._world(), end=last)
@@ -317,15 +324,18 @@ class StageModule(L.LightningModule):
         self.ledger.flush(self.plan_state)
         sums = self._sum_over_ranks(self.meter.sums)  # behind it all ranks' ledgers are on the disk
         self.seconds, self.began = self.seconds + began - self.began, began
+        shards = ""
+        if self.shards is not None:
+            shards = shard_files.write(self.last.parent, self.done, self.model, self._optimizer())
         if self.trainer.global_rank > 0:
             return
         content = {
             "format": checkpoint.FORMAT, "step": self.done, "plan": self.plan_state, "sums": sums,
             "corpora": list(self.meter.corpora), "seconds": self.seconds, "world": self.trainer.world_size,
             "start_digests": self.start_digests, "base": self.base, "best": self.best,
-            "skips": self.skips.state(),
-            "learned": checkpoint.learned(self.model),
-            "optimizer": checkpoint.optimizer_state(self.model, self._optimizer()),
+            "skips": self.skips.state(), "shards": shards,
+            "learned": checkpoint.learned(self.model, parameters=not shards),
+            "optimizer": {} if shards else checkpoint.optimizer_state(self.model, self._optimizer()),
         }  # fmt: skip
         event = {"step": self.done, "event": "checkpoint", "best": best}
         content = checkpoint.copied(content)
@@ -334,11 +344,12 @@ class StageModule(L.LightningModule):
         def written(size: int) -> None:
             seconds, self.saved = round(time.monotonic() - began, 3), content["step"]
             add_event(self.run, event | {"seconds": seconds, "waited": waited, "bytes": size})
+            shard_files.forget(self.last.parent)
 
         self.writer.write(content, [checkpoint.LAST, *([checkpoint.BEST] if best else [])], written)
 
     def _go_on(self, saved: dict[str, Any]) -> None:
-        """Take back what a checkpoint holds, but for the optimizer, which Lightning makes later."""
+        """Take back what a checkpoint holds, but for the optimizer, which Lightning makes later, and shards."""
         checkpoint.restore(self.model, saved, self.last)
         self.optimizer_saved = saved
         self.done, self.plan_state, self.start_digests = saved["step"], saved["plan"], saved["start_digests"]
@@ -347,6 +358,23 @@ class StageModule(L.LightningModule):
         # the sums were reduced: one rank carries them on; with other corpora (a restarted plan) they begin again
         if is_first() and saved["corpora"] == list(self.meter.corpora):
             self.meter.sums = saved["sums"].clone()
+
+    def restore_rest(self) -> None:
+        """Take back what could not be read before the optimizer was there, and ranks shared the model; once."""
+        self.shards = sharded.shards_group(self.model)
+        saved, self.optimizer_saved = self.optimizer_saved, None
+        if saved is None:
+            return
+        if saved["shards"]:
+            pieces = shard_files.opened(self.last.parent / saved["shards"])
+            shard_files.restore(self.model, self._optimizer(), pieces)
+        elif self.shards is not None:
+            states = {name: dict(checkpoint.flat(of)) for name, of in saved["optimizer"]["state"].items()}
+            weights = {name: saved["learned"][name] for name, p in self.model.named_parameters() if p.requires_grad}
+            pieces = shard_files.held(str(self.last), weights, states)
+            shard_files.restore(self.model, self._optimizer(), pieces)
+        else:
+            checkpoint.restore_optimizer(self.model, self._optimizer(), saved, self.last)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         wrapped = self.optimizers()

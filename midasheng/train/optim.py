@@ -9,6 +9,8 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch.distributed import ProcessGroup
+from torch.distributed.tensor import DTensor
 
 from midasheng.config import ConfigError, Optim
 from midasheng.model.adapt import LARGE
@@ -47,7 +49,11 @@ def optimizer(named: Iterable[tuple[str, nn.Parameter]], optim: Optim) -> torch.
     logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # 4-bit kernels, which nobody asked for
     from bitsandbytes.optim import AdamW8bit
 
-    kind = {"adamw8bit": AdamW8bit, "adamw": torch.optim.AdamW}[optim.name]
+    from midasheng.train.adam8bit import ShardedAdamW8bit
+
+    named = list(named)
+    eight_bit = ShardedAdamW8bit if any(isinstance(p, DTensor) for _, p in named) else AdamW8bit
+    kind = {"adamw8bit": eight_bit, "adamw": torch.optim.AdamW}[optim.name]
     made: torch.optim.Optimizer = kind(
         groups(named, optim), lr=optim.lr, betas=(optim.betas[0], optim.betas[1]), eps=optim.eps
     )
@@ -71,10 +77,16 @@ def state_bytes(parameters: Iterable[nn.Parameter], name: str) -> int:
 
 
 @torch.no_grad()
-def clip(parameters: Iterable[nn.Parameter], limit: float) -> torch.Tensor:
-    """Scale the complete gradient down to norm `limit`; returns its norm before, over all trained parameters."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
+def clip(parameters: Iterable[nn.Parameter], limit: float, shards: ProcessGroup | None = None) -> torch.Tensor:
+    """Scale the complete gradient down to norm `limit`; returns its norm before, over all trained parameters. `shards`:
+    the ranks that hold one gradient together."""
+    found = [p.grad for p in parameters if p.grad is not None]
+    gradients = [g.to_local() if isinstance(g, DTensor) else g for g in found]
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in gradients]))
+    if shards is not None:
+        square = norm.square()
+        torch.distributed.all_reduce(square, group=shards)
+        norm = square.sqrt()
     scale = (limit / (norm + 1e-6)).clamp(max=1.0)
     for gradient in gradients:
         gradient.mul_(scale)

@@ -48,16 +48,20 @@ def model_of_run(stage: Stage, folder: Path, chat: Chat) -> tuple[AudioLM, str] 
         weights.check_tokenizer(starts[0], chat.fingerprint())
         model, where = build(_order(own, folder), starts)[0], str(folder / "weights")
     elif last.is_file():
-        # what is frozen comes from where the run's own weights came from, under whatever name (FROM) it was asked for
-        parents = json.loads((folder / "inputs.json").read_text(encoding="utf-8"))["parents"]
-        own = replace(stage, hardware=bare, start=[{"from": p["from"], "take": p["take"]} for p in parents])
-        order = _order(own, folder)
-        model, saved = build(order, open_starts(order))[0], checkpoint.read(last)
+        model, saved = started(replace(stage, hardware=bare), folder), checkpoint.read(last)
         checkpoint.restore(model, saved, last)
         where = f"{last}, step {saved['step']}"
     else:
         return None
     return model.eval(), where
+
+
+def started(stage: Stage, folder: Path) -> AudioLM:
+    """The model that a run began with, but for what it calibrates itself. Raises UserError."""
+    # what is frozen comes from where the run's own weights came from, under whatever name (FROM) it was asked for
+    parents = json.loads((folder / "inputs.json").read_text(encoding="utf-8"))["parents"]
+    order = _order(replace(stage, start=[{"from": p["from"], "take": p["take"]} for p in parents]), folder)
+    return build(order, open_starts(order))[0]
 
 
 def _order(stage: Stage, folder: Path) -> Order:

@@ -345,6 +345,14 @@ def test_questions_that_nobody_answered_count_as_wrong(whole, manifests, tmp_pat
     assert sum(t["n"] for t in told["tasks"].values()) == len(rows)
 
 
+def test_an_answer_with_odd_ends_of_lines_stays_one_answer(tmp_path):
+    """JSON leaves U+2028 and U+0085 as they are, and Python's str.splitlines cuts there."""
+    rows = [Row(str(n), "t", "?", (), ("x",), f"a{end}b") for n, end in enumerate("\u2028\u2029\x85\x0b\x0c\x1e\r\n")]
+    write_rows(tmp_path / ANSWERS, rows)
+    assert read_rows(tmp_path / ANSWERS) == rows
+    assert list(answered(tmp_path).values()) == rows
+
+
 # -- tasks as data -----------------------------------------------------------------------------------------------------
 
 

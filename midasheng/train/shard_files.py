@@ -1,0 +1,225 @@
+"""Shards of a training state on disk: each rank writes what lies on it, any number of ranks reads what it needs."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from bitsandbytes.optim.optimizer import Optimizer2State
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from midasheng.config import UserError
+from midasheng.train.adam8bit import BLOCK, CODES, SCALES, TABLES, local, quantised, values
+from midasheng.train.sharded import COPIES, SHARDS, cut
+
+WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+PREFIX = "shards-"
+
+
+class ShardError(UserError):
+    """Shards that cannot be read, do not fit the run, or could not be written."""
+
+
+class Piece(NamedTuple):
+    """Elements `start` to `stop` of a flattened tensor, and how to read some of what is kept of them: key, first and
+    last + 1 counted from the piece's own beginning, in its own units (SCALES: blocks)."""
+
+    start: int
+    stop: int
+    read: Callable[[str, int, int], Tensor]
+
+
+class Saved(NamedTuple):
+    """Of each tensor that learns its pieces, end to end, and the optimizer's steps."""
+
+    where: str
+    pieces: dict[str, list[Piece]]
+    steps: dict[str, int]
+
+    def elements(self, name: str, key: str, start: int, stop: int) -> Tensor:
+        """What is kept of elements `start` to `stop` of the flattened tensor."""
+        found = [
+            p.read(key, max(start, p.start) - p.start, min(stop, p.stop) - p.start)
+            for p in self._over(name, start, stop)
+        ]
+        return torch.cat(found) if found else torch.empty(0)
+
+    def eight_bit(self, name: str, number: int, start: int, stop: int, table: Tensor) -> tuple[Tensor, Tensor]:
+        """(codes, scales) of one of the two moments. As they were saved where blocks are the same; else what they stand
+        for is quantised anew, in blocks that begin at `start`."""
+        codes, scales = CODES[number], SCALES[number]
+        over = self._over(name, start, stop)
+        if start % BLOCK == 0 and all(p.start % BLOCK == 0 for p in over):
+            blocks = [
+                p.read(scales, (max(start, p.start) - p.start) // BLOCK, -(-(min(stop, p.stop) - p.start) // BLOCK))
+                for p in over
+            ]
+            return self.elements(name, codes, start, stop), torch.cat(blocks) if blocks else torch.empty(0)
+        found = []
+        for p in over:
+            whole = values(
+                p.read(codes, 0, p.stop - p.start), p.read(scales, 0, -(-(p.stop - p.start) // BLOCK)), table
+            )
+            found.append(whole[max(start, p.start) - p.start : min(stop, p.stop) - p.start])
+        return quantised(torch.cat(found), table)
+
+    def _over(self, name: str, start: int, stop: int) -> list[Piece]:
+        return [p for p in self.pieces[name] if p.start < stop and start < p.stop]
+
+
+# -- writing -----------------------------------------------------------------------------------------------------------
+
+
+def kept(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, Tensor, dict[str, Tensor], int]]:
+    """(name, parameter, what is kept of it on this rank, the optimizer's step) of each parameter that learns."""
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        state = optimizer.state[p]
+        tensors = {key: local(state[key]) for key in (*MOMENTS, *CODES, *SCALES) if key in state}
+        yield name, p, {WEIGHT: local(p), **tensors}, int(state.get("step", 0))  # 0: no step was taken yet
+
+
+def write(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
+    """Write what lies on this rank into a new folder below `folder`; every rank calls it. Returns the folder's name
+    when all are on the disk: only then a checkpoint may name it. Raises ShardError on all ranks when one of them could
+    not write."""
+    name, world = f"{PREFIX}{step:08d}", torch.distributed.get_world_size()
+    mesh = next(p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
+    of, number = mesh[SHARDS].size(), mesh.get_local_rank(SHARDS)
+    first_copy = COPIES not in (mesh.mesh_dim_names or ()) or mesh.get_local_rank(COPIES) == 0
+    if torch.distributed.get_rank() == 0:  # of a run that was killed while it wrote: no checkpoint names it
+        shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / name).mkdir(parents=True)
+    torch.distributed.barrier()
+    error = ""
+    if first_copy:
+        tensors: dict[str, Tensor] = {}
+        cuts, steps = {}, {}
+        for parameter, p, state, at in kept(model, optimizer):
+            tensors |= {f"{key}/{parameter}": t.flatten().cpu() for key, t in state.items()}
+            cuts[parameter], steps[parameter] = (*cut(p), p.numel()), at
+        try:
+            path = folder / name / f"{number:05d}-of-{of:05d}.safetensors"
+            save_file(tensors, path, metadata={"cuts": json.dumps(cuts), "steps": json.dumps(steps)})
+            for written in (path, path.parent):
+                handle = os.open(written, os.O_RDONLY)
+                os.fsync(handle)
+                os.close(handle)
+        except Exception as raised:  # whatever it is, the others wait to hear of it
+            error = f"rank {torch.distributed.get_rank()}: {raised}"
+    errors: list[Any] = [None] * world
+    torch.distributed.all_gather_object(errors, error)
+    if any(errors):
+        raise ShardError(f"shards of step {step} could not be written to {folder / name}: {next(filter(None, errors))}")
+    return name
+
+
+def forget(folder: Path) -> None:
+    """Remove the shards that no checkpoint in the folder names."""
+    named = [torch.load(path, mmap=True, weights_only=True)["shards"] for path in folder.glob("*.ckpt")]
+    for path in folder.glob(f"{PREFIX}*"):
+        if path.name not in named:
+            shutil.rmtree(path, ignore_errors=True)
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def opened(folder: Path) -> Saved:
+    """The shards in a folder. Raises ShardError where one is missing, damaged, or they do not make up whole tensors."""
+    files = sorted(folder.glob("*.safetensors"))
+    pieces: dict[str, list[Piece]] = {}
+    sizes: dict[str, int] = {}
+    steps: dict[str, int] = {}
+    if not files or len(files) != int(files[0].stem.split("-of-")[1]):
+        raise ShardError(
+            f"{folder} holds {len(files)} shards ({', '.join(f.name for f in files[:3])}), some are missing"
+        )
+    for path in files:
+        try:
+            file = safe_open(path, "pt")
+        except Exception as error:  # safetensors raises an error of its own kind
+            raise ShardError(f"{path} is damaged: {error}") from None
+        about = file.metadata()
+
+        for name, (start, stop, size) in json.loads(about["cuts"]).items():
+            if stop > start or not size:
+                pieces.setdefault(name, []).append(Piece(start, stop, _reader(file, name)))
+            sizes[name] = size
+        for name, step in json.loads(about["steps"]).items():
+            if steps.setdefault(name, step) != step:
+                raise ShardError(f"{folder}: shards of {name} are of different steps, {step} and {steps[name]}")
+    for name, size in sizes.items():
+        pieces[name].sort(key=lambda p: p.start)
+        ends = [0, *(p.stop for p in pieces[name])]
+        if [p.start for p in pieces[name]] != ends[:-1] or ends[-1] != size:
+            raise ShardError(f"{folder}: the shards of {name} do not make up its {size} elements")
+    return Saved(str(folder), pieces, steps)
+
+
+def _reader(file: Any, name: str) -> Callable[[str, int, int], Tensor]:
+    return lambda key, start, stop: file.get_slice(f"{key}/{name}")[start:stop]
+
+
+def held(where: str, learned: Mapping[str, Tensor], states: Mapping[str, Mapping[str, Any]]) -> Saved:
+    """The same of a checkpoint that holds whole tensors. `states`: name -> the optimizer's state of it, flat; empty
+    where no step was taken yet."""
+    pieces = {}
+    for name, tensor in learned.items():
+        kept_of = {WEIGHT: tensor} | {k: t for k, t in states.get(name, {}).items() if isinstance(t, Tensor)}
+        pieces[name] = [Piece(0, tensor.numel(), _slicer(kept_of))]
+    return Saved(where, pieces, {name: int(states.get(name, {}).get("step", 0)) for name in learned})
+
+
+def _slicer(tensors: Mapping[str, Tensor]) -> Callable[[str, int, int], Tensor]:
+    return lambda key, start, stop: tensors[key].flatten()[start:stop]
+
+
+@torch.no_grad()
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Saved) -> None:
+    """Give weights and optimizer back what of them belongs here, whether they are sharded or not. Raises ShardError
+    when other tensors learn here, or have another size."""
+    ours = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    if missing := sorted(ours.keys() - saved.pieces.keys()):
+        raise ShardError(f"{saved.where} lacks {len(missing)} tensors that learn here, the first {missing[0]}")
+    if surplus := sorted(saved.pieces.keys() - ours.keys()):
+        raise ShardError(f"{saved.where} holds {len(surplus)} tensors that do not learn here, the first {surplus[0]}")
+    names = {id(p): n for n, p in ours.items()}
+    optimizer.state.clear()
+    for g, group in enumerate(optimizer.param_groups):
+        for k, p in enumerate(group["params"]):
+            name, (start, stop) = names[id(p)], cut(p)
+            if (size := saved.pieces[name][-1].stop) != p.numel():
+                raise ShardError(f"{saved.where}: {name} has {size} elements, this model's {p.numel()}")
+            local(p).view(-1).copy_(saved.elements(name, WEIGHT, start, stop))
+            if saved.steps[name]:
+                _restore_state(optimizer, g, k, p, saved, name)
+
+
+def _restore_state(optimizer: torch.optim.Optimizer, g: int, k: int, p: Tensor, saved: Saved, name: str) -> None:
+    start, stop = cut(p)
+    if not isinstance(optimizer, Optimizer2State):
+        optimizer.state[p] = {"step": torch.tensor(float(saved.steps[name]))}
+        for key in MOMENTS:
+            optimizer.state[p][key] = torch.zeros_like(p)
+            local(optimizer.state[p][key]).view(-1).copy_(saved.elements(name, key, start, stop))
+        return
+    optimizer.init_state(optimizer.param_groups[g], p, g, k)
+    state = optimizer.state[p]
+    state["step"] = saved.steps[name]
+    for number, (codes, scales, table) in enumerate(zip(CODES, SCALES, TABLES, strict=True)):
+        if scales not in state:
+            state[codes].view(-1).copy_(saved.elements(name, codes, start, stop))
+        elif stop > start:
+            table_of = optimizer.name2qmap[table].cpu()
+            for key, found in zip((codes, scales), saved.eight_bit(name, number, start, stop, table_of), strict=True):
+                state[key].view(-1).copy_(found)

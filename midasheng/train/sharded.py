@@ -1,0 +1,140 @@
+"""One model over many processes: DDP where little learns, FSDP2 where much does, and shards on disk that any number of
+processes reads."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
+from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from midasheng.config import AUTO, DDP, FSDP, ConfigError, Hardware
+from midasheng.model.audio_lm import AudioLM
+from midasheng.train.adam8bit import local
+
+MANY = 10**9  # parameters that learn: with gradients and states of all of them on each GPU, 80 GB are full at about 5e9
+COPIES, SHARDS = "copies", "shards"  # dimensions of the mesh
+
+
+# -- which strategy ----------------------------------------------------------------------------------------------------
+
+
+def chosen(hardware: Hardware, model: nn.Module) -> str:
+    """ddp or fsdp, by hardware.strategy; auto: fsdp where more than MANY parameters learn. "" for a single process that
+    was not asked to shard. Raises ConfigError."""
+    world = hardware.devices * hardware.nodes
+    learn = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    kind = hardware.strategy
+    if kind == AUTO:
+        kind = FSDP if learn > MANY and world > 1 else DDP
+    if kind != FSDP:
+        return DDP if world > 1 else ""
+    if hardware.shard and world % hardware.shard:
+        raise ConfigError(f"hardware.shard: {hardware.shard} does not divide {world} processes; write a divisor, or 0")
+    if hardware.compile:
+        raise ConfigError("hardware.compile: compiled blocks under FSDP2 were never run; write hardware.compile=false")
+    return FSDP
+
+
+def strategy(kind: str, hardware: Hardware) -> Strategy | str:
+    """Lightning's strategy."""
+    if kind == FSDP:  # its own mesh is not used: `shard` makes one
+        return ModelParallelStrategy(data_parallel_size=hardware.devices * hardware.nodes, tensor_parallel_size=1)
+    return DDPStrategy() if kind == DDP else AUTO
+
+
+def leave_out_frozen(module: nn.Module) -> None:
+    """What is frozen, and buffers, are nothing to DDP: every process has loaded them. `module`: what it will wrap."""
+    frozen = [n for n, p in module.named_parameters() if not p.requires_grad]
+    names = [*frozen, *(n for n, _ in module.named_buffers())]
+    DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+
+
+# -- FSDP2 -------------------------------------------------------------------------------------------------------------
+
+
+def shard(model: AudioLM, device: str, share: int = 0) -> None:
+    """FSDP2, in place: each block of both towers is a group, all else is the root's. `share`: how many ranks hold one
+    copy (0: all); more ranks hold more copies.
+
+    Weights are kept, and gradients reduced, in float32. Blocks are gathered in the model's compute dtype, which
+    autocast would round them to (norms and biases of blocks too, which autocast leaves); the residual stream is not
+    cast. What the root holds - front end, patches, positions, projector, embedding, head, last norms - is gathered as
+    it is kept. The head's weight is used without its forward, and a tied one is the embedding: so both must be the
+    root's, whose group stays gathered from the forward pass to the end of the backward pass.
+    """
+    world = torch.distributed.get_world_size()
+    share = share or world
+    mesh = init_device_mesh(device, (world // share, share), mesh_dim_names=(COPIES, SHARDS))
+    mesh = mesh if share < world else mesh[SHARDS]
+    blocks = MixedPrecisionPolicy(model.compute_dtype, torch.float32, cast_forward_inputs=False)
+    for block in [*model.audio_encoder.blocks, *model.decoder.model.layers]:
+        fully_shard(block, mesh=mesh, mp_policy=blocks, reshard_after_forward=True)
+    rest = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    fully_shard(model, mesh=mesh, mp_policy=rest, reshard_after_forward=False)
+
+
+def groups(model: nn.Module) -> list[FSDPModule]:
+    """What is gathered together, the root first; none without FSDP2."""
+    return [m for m in model.modules() if isinstance(m, FSDPModule)]
+
+
+def shards_group(model: nn.Module) -> ProcessGroup | None:
+    """The ranks that share one copy of the model; None without FSDP2."""
+    for p in model.parameters():
+        if isinstance(p, DTensor):
+            return p.device_mesh.get_group(SHARDS)
+    return None
+
+
+@contextlib.contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """Inside, every rank holds all weights in the dtype that they are gathered in, so that ranks may compute different
+    things, or nothing. Entered by every rank; without FSDP2 it changes nothing."""
+    parts = groups(model)
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for number, part in enumerate(parts):
+            part.reshard()
+            part.set_reshard_after_forward(number > 0, recurse=False)
+
+
+def sync(model: nn.Module, last: bool) -> None:
+    """Whether the next backward pass ends with reduced gradients: only that of a step's last pack."""
+    for part in groups(model)[:1]:
+        part.set_requires_gradient_sync(last)
+
+
+def rows(n: int, parts: int, part: int) -> tuple[int, int]:
+    """First and last + 1 of the rows of a tensor of `n` that rank `part` of `parts` holds: all but the last ranks as
+    many, as torch.chunk cuts."""
+    each = -(-n // parts)
+    return min(n, part * each), min(n, (part + 1) * each)
+
+
+def cut(tensor: Tensor) -> tuple[int, int]:
+    """Which elements of the flattened tensor lie here: first, last + 1."""
+    if not isinstance(tensor, DTensor):
+        return 0, tensor.numel()
+    mesh = tensor.device_mesh
+    first, last = rows(tensor.shape[0], mesh.size(mesh.ndim - 1), mesh.get_local_rank(SHARDS))
+    row = tensor.numel() // tensor.shape[0]
+    assert (last - first) * row == local(tensor).numel(), f"{tuple(tensor.shape)} is cut otherwise than in rows"
+    return first * row, last * row
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """A whole tensor on the CPU; every rank calls it, with the same one."""
+    full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return full.detach().cpu().contiguous()
