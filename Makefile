@@ -33,6 +33,7 @@ MASTER_ADDR ?=
 MASTER_PORT ?= 29400
 VERB   ?=
 SBATCH ?=
+TASKS  ?=
 
 PY     := .venv/bin/python
 SMALL   = $(filter mini generated small,$(SCALE))
@@ -53,7 +54,7 @@ ASKED   = $(if $(TASK),--task "$(TASK)") $(if $(PROMPT),--prompt "$(PROMPT)") $(
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data prepare check-data index finetune stage1 stage2 stage3 submit stages curves report watch peek audit bisect chat evaluate export keys bench test test-browser lint
+.PHONY: help setup data prepare check-data preflight index finetune stage1 stage2 stage3 submit stages curves report watch peek audit bisect chat probe evaluate export forecast keys bench test test-browser lint
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -116,6 +117,10 @@ prepare: setup  ## from DATA (.csv, .tsv, .jsonl, a dataset, cuts, tars) to shar
 check-data: setup  ## before training: open every shard with the training code, plan ahead, name what is wrong
 	@$(PY) -m stages.check_data --scale "$(SCALE)" --runs "$(RUNS)" $(if $(CONFIG),--config "$(CONFIG)") $(SET)
 
+preflight: setup  ## all that a stage's start checks, without training, as far as this machine allows (CONFIG= for one)
+	@$(PY) -m stages.preflight --scale "$(SCALE)" --runs "$(RUNS)" $(if $(CONFIG),--config "$(CONFIG)") \
+	  $(if $(NAME),--name "$(NAME)") $(if $(FROM),--from "$(FROM)") $(if $(FRESH),--fresh) $(SET)
+
 peek: setup  ## one pack as the model sees it, and whether its mask is right (CONFIG= or NAME=, STEP= PACK= KEY= TO=x.html)
 	@$(PY) -m stages.peek --scale "$(SCALE)" --runs "$(RUNS)" $(if $(CONFIG),--config "$(CONFIG)") \
 	  $(if $(NAME),--name "$(NAME)") $(if $(STEP),--step $(STEP)) $(if $(PACK),--pack $(PACK)) \
@@ -135,6 +140,10 @@ chat: setup  ## ask a trained model: AUDIO=x.wav (or several) PROMPT="..."; with
 	@$(PY) -m stages.chat --scale "$(SCALE)" --runs "$(RUNS)" $(if $(NAME),--name "$(NAME)") \
 	  $(if $(PROMPT),--prompt "$(PROMPT)") --audio $(AUDIO) -- $(SET)
 
+probe: setup  ## what the encoders of runs NAME=a,b tell of clips, beside the ones they started from (TASKS=labels.yaml)
+	@[ -n "$(NAME)" ] || { echo "error: say which runs: make probe NAME=stage1_align"; exit 2; }
+	@$(PY) -m stages.probe --scale "$(SCALE)" --runs "$(RUNS)" --name "$(NAME)" $(if $(TASKS),--tasks "$(TASKS)")
+
 evaluate: setup  ## run NAME on SUITE=mini|report|aero -> answers and a table (ONLY=score; FOR=lmms-eval|mecat|vllm)
 	@$(PY) -m stages.evaluate --scale "$(SCALE)" --runs "$(RUNS)" $(if $(NAME),--name "$(NAME)") \
 	  $(if $(SUITE),--suite "$(SUITE)") $(if $(ONLY),--only "$(ONLY)") $(if $(FOR),--format "$(FOR)") \
@@ -153,6 +162,9 @@ export: setup  ## run NAME -> TO, proved equal: FORMAT=hf (LoRA merged), base or
 	@[ -n "$(NAME)" ] && [ -n "$(TO)" ] || { echo "error: say which run, and where to: make export NAME=stage3_sft TO=dir"; exit 2; }
 	@$(PY) -m stages.export --scale "$(SCALE)" --runs "$(RUNS)" --name "$(NAME)" --to "$(TO)" --format "$(FORMAT)" \
 	  --dtype "$(DTYPE)" $(if $(TARGET),--target "$(TARGET)") $(if $(FRESH),--fresh)
+
+forecast: setup  ## what the stages will cost at SCALE: steps, fill, memory by part, GPU-hours; no weights, GPU or data
+	@HF_HUB_OFFLINE=1 $(PY) -W ignore -m stages.forecast --scale "$(SCALE)" $(if $(CONFIG),--config "$(CONFIG)") $(SET)
 
 keys: setup  ## every config key with its default and its sentence
 	@$(PY) -m stages.keys

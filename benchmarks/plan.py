@@ -8,7 +8,7 @@ import json
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -37,6 +37,8 @@ class NoChat:
     def fingerprint(self) -> str:
         """Any."""
         return "simulated"
+
+    token_ids: ClassVar[dict[str, int]] = {}
 
 
 def seconds(kind: str, n: int, rng: np.random.Generator) -> NDArray[np.float64]:

@@ -37,6 +37,7 @@ def section(cls: type, doc: str) -> Any:
 AUTO = "auto"  # of batch.pack_slots, hardware.attention and hardware.strategy
 DDP, FSDP = "ddp", "fsdp"  # the other values of hardware.strategy
 SDPA, VARLEN = KERNELS = ("sdpa", "varlen")  # the other values of hardware.attention
+TRACKERS = ("wandb", "mlflow", "trackio")  # what log.trackers may name
 HEARD, LEFT_OUT, TOLD = CLIPS = ("heard", "left_out", "told")  # values of data.clips
 
 
@@ -81,6 +82,12 @@ class Data:
     )
     val_clips: int = key(64, "held-out records per corpus that are validated on", free=True)
     also: list[str] = key([], "other mixes to look at, at the start and at the end: their held-out records", free=True)
+    probe: str = key(
+        "",
+        "file of labels that the encoder's mean frames are probed for at the end, beside the encoder it started from; "
+        "empty: none",
+        free=True,
+    )
     answers: int = key(0, "held-out clips per closed question that are answered at the end; 0: none", free=True)
 
 
@@ -178,6 +185,13 @@ class Tokenizer:
     audio_bos: str = key("<|audio_bos|>", "token before the audio slots (a map for decoders that lack it)")
     audio: str = key("<|AUDIO|>", "token of an audio slot; its embedding is never used")
     audio_eos: str = key("<|audio_eos|>", "token after the audio slots")
+    turn_start: str = key("<|im_start|>", "special token before each turn's role (a map for decoders without ChatML)")
+    turn_end: str = key("<|im_end|>", "special token that ends a turn; answers end with it")
+    add: list[str] = key(
+        [],
+        "special tokens to add, those above that the tokenizer lacks: tables get rows for them with the mean of all "
+        "others, and where a table is frozen these rows alone learn",
+    )
 
 
 @dataclass
@@ -238,6 +252,42 @@ class Log:
         False, "also keep checkpoints/best.ckpt, that of the lowest validation loss (after step 0)", free=True
     )
     progress: bool = key(True, "progress bar", free=True)
+    trackers: list[str] = key(
+        [],
+        "experiment trackers that are told what TensorBoard is: wandb, mlflow, trackio (pip install them)",
+        free=True,
+    )
+
+
+@dataclass
+class Forecast:
+    """What `make forecast` assumes; nothing that trains reads it."""
+
+    gpus: int = key(0, "GPUs of the run; 0: hardware.devices x hardware.nodes", free=True)
+    device: str = key("H100 SXM, 80 GB", "what a GPU is called in a forecast", free=True)
+    memory_gib: float = key(80.0, "its memory; packs may take 90 % of it", free=True)
+    peak_tflops: float = key(989.0, "its dense peak in the run's precision (data sheet), TFLOP/s", free=True)
+    mfu: float = key(
+        0.40, "share of the peak at which arithmetic runs, padding's included (NeMo Automodel publishes .43)", free=True
+    )
+    host_us: float = key(8.0, "microseconds of the host for each operation that it starts", free=True)
+    memory_gb_s: float = key(3350.0, "bandwidth of a GPU's memory, GB/s (data sheet)", free=True)
+    gpus_per_node: int = key(8, "GPUs that a fast link joins; FSDP2 shards inside a node", free=True)
+    link_gb_s: float = key(350.0, "of a GPU to those of its node, each way, GB/s as reached (NVLink: 450)", free=True)
+    network_gb_s: float = key(40.0, "of a GPU to other nodes, each way, GB/s as reached (400 Gbit/s: 50)", free=True)
+    clip_share: list[float] = key(
+        [.2775, .1261, .1358, .1194, .1006, .0772, .0528, .0330, .0206, .0139, .0096, .0071, .0057, .0052, .0051,
+         .0047, .0023, .0013, .0010, .0008, .0001, .0001],
+        "share of clips by length, one number a second from 0 s, where no index says (report, Figure 3)", free=True,
+    )  # fmt: skip
+    clip_s: dict[str, float] = key(
+        {"acavcaps": 10.0}, "corpora (names or globs) whose clips all have one length, in seconds", free=True
+    )
+    prompt_slots: int = key(22, "slots of template and prompt of a sample where no index says", free=True)
+    answer_slots: int = key(22, "slots of an answer, mean, where no index says", free=True)
+    bytes_per_audio_s: float = key(16_000.0, "of stored audio (FLAC, 16 kHz) where no index says", free=True)
+    decode_ms: float = key(0.36, "one core, a second of stored audio (FLAC: 3.6 ms for 10 s)", free=True)
+    sample_ms: float = key(0.19, "one core, a sample beside its audio: reading, text, plan, place in a pack", free=True)
 
 
 @dataclass
@@ -258,6 +308,7 @@ class Stage:
     tokenizer: Tokenizer = section(Tokenizer, "tokenizer")
     hardware: Hardware = section(Hardware, "where it runs")
     log: Log = section(Log, "what is written how often")
+    forecast: Forecast = section(Forecast, "what `make forecast` assumes")
 
 
 DASHENG = {768: "dasheng_base.pt", 1280: "dasheng_06b.pt", 1536: "dasheng_12b.pt"}  # its files by encoder width
@@ -313,7 +364,7 @@ def schema(cls: type = Stage, prefix: str = "") -> dict[str, dataclasses.Field[A
     return out
 
 
-OPEN = {"optim.lr_for", "model.decoder.fields"}  # dictionaries whose keys are the user's
+OPEN = {"optim.lr_for", "model.decoder.fields", "forecast.clip_s"}  # dictionaries whose keys are the user's
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -455,6 +506,8 @@ def _check_values(stage: Stage) -> None:
         "compute in bf16) or fp32. With weights in bf16 a weight of 0.02 does not move at a learning rate of 1e-5",
     )
     clips = stage.data.clips
+    unknown = [name for name in stage.log.trackers if name not in TRACKERS]
+    require(not unknown, f"log.trackers: {unknown[:1]} is not offered; write some of [{', '.join(TRACKERS)}]")
     require(clips in CLIPS, f"data.clips: {clips!r}; write {HEARD}, {LEFT_OUT} or {TOLD}")
     require(stage.optim.name in ("adamw8bit", "adamw"), f"optim.name: {stage.optim.name!r}; write adamw8bit or adamw")
     require(stage.lora.inherit in ("carry", "merge"), f"lora.inherit: {stage.lora.inherit!r}; write carry or merge")
@@ -481,6 +534,15 @@ def _check_values(stage: Stage) -> None:
     )
     require(gib >= 0, f"hardware.memory_gib: {gib}; write GiB of memory, or 0 for what the GPU has")
     require(stage.batch.packs_per_step > 0, f"batch.packs_per_step: {stage.batch.packs_per_step}; at least 1")
+    t = stage.tokenizer
+    five = (t.audio_bos, t.audio, t.audio_eos, t.turn_start, t.turn_end)
+    require(len(set(five)) == len(five), f"tokenizer: {', '.join(five)}: each needs a token of its own")
+    for token in t.add:
+        require(
+            token in five and t.add.count(token) == 1,
+            f"tokenizer.add: {token!r} must be there once and be one of tokenizer.audio_bos, audio, audio_eos, "
+            "turn_start and turn_end",
+        )
     require(len(stage.optim.betas) == 2, f"optim.betas: {stage.optim.betas}; two numbers")
     require(min(stage.log.every, stage.log.val_every, stage.log.checkpoint_every) > 0, "log.*: steps are at least 1")
     optim = stage.optim

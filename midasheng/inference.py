@@ -330,11 +330,13 @@ def _chat(folder: Path, config: Mapping[str, Any]) -> Chat:
     try:
         return Chat(
             str(folder), config.get("audio_bos_token_id", "<|audio_bos|>"), int(config["audio_token_id"]),
-            config.get("audio_eos_token_id", "<|audio_eos|>"),
+            config.get("audio_eos_token_id", "<|audio_eos|>"), config.get("turn_start_token_id", "<|im_start|>"),
+            config.get("turn_end_token_id", "<|im_end|>"),
         )  # fmt: skip
     except UserError as error:
         raise UserError(
-            f"{folder}: {error} (here: audio_bos_token_id, audio_token_id, audio_eos_token_id in config.json)"
+            f"{folder}: {error} (here: audio_bos_token_id, audio_token_id, audio_eos_token_id, turn_start_token_id, "
+            "turn_end_token_id in config.json)"
         ) from None
     finally:
         transformers_logging.set_verbosity(level)

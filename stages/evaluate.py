@@ -80,8 +80,10 @@ def evaluate(a: argparse.Namespace, rank: int, world: int) -> int:
             shutil.rmtree(folder, ignore_errors=True)
         by_name = {task.name: task for task in tasks}
         device, dtype = set_["device"], set_["dtype"]
-        if device == "auto" and torch.cuda.is_available():
-            device = f"cuda:{int(os.environ.get('LOCAL_RANK', 0))}"
+        if device == "auto":
+            device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if torch.cuda.is_available() else "cpu"
+        if dtype == "auto":
+            dtype = "float32" if device == "cpu" else "bfloat16"
         made = {"model": str(run), "weights": weights_digest(str(run)), "dtype": dtype}
         made["device"] = device.partition(":")[0]
         ask(folder, made, {name: (asked_of(by_name[name], asked), asked) for name, asked in questions.items()}, rank)

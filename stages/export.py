@@ -47,7 +47,8 @@ def main() -> int:
         asked = Asked(a.to, a.format, a.dtype, a.target, a.fresh)
         check(asked, stage)
         t = stage.tokenizer
-        made, heard = conversations(stage, Chat(str(run / "weights"), t.audio_bos, t.audio, t.audio_eos))
+        chat = Chat(str(run / "weights"), t.audio_bos, t.audio, t.audio_eos, t.turn_start, t.turn_end)
+        made, heard = conversations(stage, chat)
         trials = [Trial(turns, clips, sample) for turns, clips, sample in made]
         print(f"{run} -> {a.to} ({a.format}, {a.dtype}); proved on {len(trials)} conversations: {heard}")
         manifests = Path(stage.data.manifests)

@@ -101,6 +101,7 @@ class Tiny:
             "batch.clips_per_step": 6, "batch.packs_per_step": 2, "run.length": "4 steps", "run.warmup": "1 steps",
             "log.every": 1, "log.val_every": 2, "log.checkpoint_every": 2, "log.progress": "false", "log.answers": 0,
             "hardware.workers": 0, "hardware.threads": 1, "data.val_clips": 4, "data.also": "[]", "data.answers": 0,
+            "data.probe": "''",
         }  # fmt: skip
         values |= {k.replace("__", "."): v for k, v in more.items()}
         return [f"{k}={v}" for k, v in values.items()]

@@ -205,10 +205,10 @@ def test_written_config_reads_back_to_the_same_values(path):
 
 def test_keys_are_documented_and_the_right_ones_are_free():
     free = {name for name, item in schema().items() if item.metadata["free"]}
-    looks = {"data.val_clips", "data.also", "data.answers"}
+    looks = {"data.val_clips", "data.also", "data.probe", "data.answers"}
     # where, and what is put up with
     looks |= {"data.index", "data.decode_share", "data.damaged", "data.on_change", "optim.max_skips"}
-    assert free == {n for n in schema() if n.startswith(("hardware.", "log."))} | looks
+    assert free == {n for n in schema() if n.startswith(("hardware.", "log.", "forecast."))} | looks
     table = dict(line.split(maxsplit=1) for line in keys_table().splitlines()[:-1])
     assert table.keys() == schema().keys() == flat(asdict(load(STAGE2, "mini", [], CONFIGS).stage)).keys()
     for name, item in schema().items():

@@ -69,7 +69,7 @@ def finished_run(run: Path, chat: Chat, architecture: str = OMNI, *, lora: bool 
         "lora": stage.lora.targets,
     }  # fmt: skip
     weights.hand_off(
-        lm, run / "weights", record, QV if lora else None, start_digests=start, audio_ids=chat.audio_ids,
+        lm, run / "weights", record, QV if lora else None, start_digests=start, token_ids=chat.token_ids,
         save_tokenizer=chat.save,
     )  # fmt: skip
     return stage
@@ -254,7 +254,7 @@ PLANTED = {
     "frames in another order": (
         other_code("next(x) for _ in", "next(x).flip(0) for _ in"), "reloaded against live"
     ),
-    "another template": (other_template("{{ '\\n' }}{% endif %}\n    {{- '<|im_start|>'", "{% endif %}\n    {{- '<|im_start|>'"), "tokens are not those"),
+    "another template": (other_template("{{ '\\n' }}{% endif %}\n    {{- 'TURN_START'", "{% endif %}\n    {{- 'TURN_START'"), "tokens are not those"),
     "words before the clip": (other_template("== 'audio'", "== 'sound'"), "."),
 }  # fmt: skip
 

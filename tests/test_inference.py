@@ -42,7 +42,7 @@ def hand_off(folder: Path, chat: Chat, architecture: str = OMNI, *, lora: bool =
                     parameter.normal_(std=0.1)
     weights.hand_off(
         lm, folder, {"stage": "stage3_sft"}, PLAN if lora else None, start_digests=dict.fromkeys(weights.PARTS, ""),
-        audio_ids=chat.audio_ids,
+        token_ids=chat.token_ids,
         save_tokenizer=chat.save,
     )  # fmt: skip
     return lm.eval()

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from tokenizers import Tokenizer
+from tokenizers import AddedToken, Tokenizer
 
 from midasheng.config import UserError
 from midasheng.sample import NO_TARGET, Sample, Turn
@@ -55,10 +55,15 @@ class Chat:
     Labels stand on the text of every assistant turn and on the `<|im_end|>` that closes it. Text is never read as a
     special token: a transcript that holds the characters "<|im_end|>" cannot end a turn.
 
-    The audio tokens are given by name or by id. Raises UserError when the tokenizer cannot be read or lacks one.
+    The five tokens are given by name or by id; im_start and im_end are whatever stands for them (`turn_start`,
+    `turn_end`). Those in `add` are appended to the tokenizer; `added`: their ids. Raises UserError when the tokenizer
+    cannot be read, lacks one, or has one already that is to be added.
     """
 
-    def __init__(self, path: str, audio_bos: str | int, audio: str | int, audio_eos: str | int) -> None:
+    def __init__(
+        self, path: str, audio_bos: str | int, audio: str | int, audio_eos: str | int,
+        turn_start: str | int = "<|im_start|>", turn_end: str | int = "<|im_end|>", add: Sequence[str] = (),
+    ) -> None:  # fmt: skip
         from transformers import AutoTokenizer
 
         self.path = path
@@ -69,13 +74,14 @@ class Chat:
             raise UserError(f"tokenizer.path: {path!r} cannot be read ({first}); at mini, run `make data`") from None
         if not hasattr(self.tokenizer, "backend_tokenizer"):
             raise UserError(f"tokenizer.path: {path!r} holds no tokenizer.json; save it from a fast tokenizer")
+        self.added = self._add(add)
         # transformers' own call costs as much as decoding the clip; this copy is what it calls inside, three times
         # faster, set never to read a special token in plain text
         self._plain = Tokenizer.from_str(self.tokenizer.backend_tokenizer.to_str())
         self._plain.encode_special_tokens = True
         self._plain.no_padding()
         self._plain.no_truncation()
-        self.im_start, self.im_end = self._id("<|im_start|>"), self._id("<|im_end|>")
+        self.im_start, self.im_end = (self._special_id(t) for t in (turn_start, turn_end))
         self.audio_bos, self.audio, self.audio_eos = (self._id(t) for t in (audio_bos, audio, audio_eos))
         self.pad = self.im_end
         self.text = lru_cache(maxsize=65536)(self._encode_text)  # ids of plain text, as they stand in a turn
@@ -87,18 +93,44 @@ class Chat:
         if number is None or number not in vocabulary.values():
             raise UserError(
                 f"tokenizer {self.path} has no token {token}; name one of its reserved tokens instead with "
-                "tokenizer.audio_bos / audio / audio_eos"
+                "tokenizer.audio_bos / audio / audio_eos / turn_start / turn_end, or add it with tokenizer.add"
             )
         return int(number)
+
+    def _special_id(self, token: str | int) -> int:
+        number = self._id(token)
+        known = self.tokenizer.added_tokens_decoder.get(number)
+        if known is None or not known.special:
+            names = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
+            raise UserError(
+                f"tokenizer {self.path}: {token} is no special token: text could begin or end a turn; for "
+                f"tokenizer.turn_start / turn_end name one of {', '.join(names[:20]) or 'none'}, or add some with "
+                "tokenizer.add"
+            )
+        return number
+
+    def _add(self, tokens: Sequence[str]) -> range:
+        """Append special tokens; their ids, which follow on all others."""
+        vocabulary = self.tokenizer.get_vocab()
+        for token in tokens:
+            if token in vocabulary:
+                raise UserError(f"tokenizer.add: {self.path} has {token} already; take it out of the list")
+        first = max(vocabulary.values()) + 1
+        new = [AddedToken(token, special=True, normalized=False) for token in tokens]
+        self.tokenizer.add_tokens(new, special_tokens=True)
+        got = [self.tokenizer.get_vocab()[token] for token in tokens]
+        assert got == list(range(first, first + len(tokens))), f"added tokens got ids {got}, not {first} and on"
+        return range(first, first + len(tokens))
 
     def _encode_text(self, text: str) -> tuple[int, ...]:
         return tuple(self._plain.encode(text, add_special_tokens=False).ids)
 
     @property
-    def audio_ids(self) -> dict[str, int]:
-        """The three audio tokens, under their names in a model's config.json."""
+    def token_ids(self) -> dict[str, int]:
+        """The five tokens, under their names in a model's config.json."""
         return {
-            "audio_token_id": self.audio, "audio_bos_token_id": self.audio_bos, "audio_eos_token_id": self.audio_eos
+            "audio_token_id": self.audio, "audio_bos_token_id": self.audio_bos, "audio_eos_token_id": self.audio_eos,
+            "turn_start_token_id": self.im_start, "turn_end_token_id": self.im_end,
         }  # fmt: skip
 
     def fingerprint(self) -> str:

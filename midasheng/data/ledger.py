@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import os
@@ -223,13 +224,10 @@ class Ledger:
         steps = Steps(
             np.asarray(numbers), np.asarray([len(r) for r in rows]), np.asarray(checksums), np.concatenate(rows)
         )
-        with self.path.open("ab") as file:
-            file.write(encode(steps))
-            file.flush()
-            os.fsync(file.fileno())
+        append(self.path, encode(steps), sync=True)
         if self.path.stem == "rank0":
-            with (self.path.parent / "states.jsonl").open("a", encoding="utf-8") as states:
-                states.write(json.dumps({"step": plan["step"] - 1, "plan": plan}) + "\n")
+            state = json.dumps({"step": plan["step"] - 1, "plan": plan}) + "\n"
+            append(self.path.parent / "states.jsonl", state.encode(), sync=True)
         self.waiting = []
 
     def _see(self, rows: NDArray[np.int64]) -> None:
@@ -239,11 +237,12 @@ class Ledger:
 
     def _write(self, number: int, skipped: list[Skipped]) -> None:
         if skipped:
-            with self.skipped.open("a", encoding="utf-8") as file:
-                for s in skipped:
-                    line = {"step": number, "corpus": s.corpus, "key": s.key, "reason": s.reason}
-                    line |= {"place": s.place} if s.place else {}
-                    file.write(json.dumps(line, ensure_ascii=False) + "\n")
+            lines = [
+                {"step": number, "corpus": s.corpus, "key": s.key, "reason": s.reason}
+                | ({"place": s.place} if s.place else {})
+                for s in skipped
+            ]
+            append(self.skipped, "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines).encode())
 
     def _count(self, skipped: Skipped, times: int = 1) -> None:
         self.reasons[skipped.corpus, skipped.reason] += times
@@ -269,6 +268,22 @@ class Ledger:
         """One line: skips by corpus and reason."""
         parts = [f"{corpus}: {reason} {count}" for (corpus, reason), count in sorted(self.reasons.items())]
         return "; ".join(parts) or "none"
+
+
+def append(path: Path, data: bytes, *, sync: bool = False) -> None:
+    """Add to a file all of `data`, or nothing: half a line on a full disk would be damage in mid-file later. `sync`: to
+    the disk itself. Raises OSError that names the file."""
+    with path.open("ab", buffering=0) as file:
+        end, written = file.tell(), 0
+        try:
+            while written < len(data):
+                written += file.write(data[written:])
+            if sync:
+                os.fsync(file.fileno())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                file.truncate(end)
+            raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _lines(path: Path) -> list[dict[str, Any]]:

@@ -505,11 +505,19 @@ def steps_of(text: str, name: str, planner: Planner) -> int:
     if unit == "steps":
         return round(number)
     trial = [next(planner) for _ in range(TRIAL_STEPS)]
+    return in_steps(text, name, planner.corpora, trial)
+
+
+def in_steps(text: str, name: str, corpora: Sequence[Corpus], trial: Sequence[PlannedStep]) -> int:
+    """The same by a plan's first steps."""
+    number, unit = length(text, name)
     samples = [s for step in trial for pack in step.packs for s in pack]
-    clips = len(samples) / TRIAL_STEPS
-    hours = frames.frame_seconds(sum(s.frames for s in samples)) / 3600 / TRIAL_STEPS
+    clips = len(samples) / len(trial)
+    hours = frames.frame_seconds(sum(s.frames for s in samples)) / 3600 / len(trial)
     if unit == "audio_hours" and not hours:
         raise UserError(f"{name}: `{text}` in a mix without audio; write steps, clips or epochs")
+    if unit == "steps":
+        return round(number)
     if unit == "epochs":
-        return round(number * sum(int(c.counts.sum()) for c in planner.corpora) / clips)
+        return round(number * sum(int(c.counts.sum()) for c in corpora) / clips)
     return round(number / (clips if unit == "clips" else hours))

@@ -69,7 +69,7 @@ class DataRoom:
 def open_chat(stage: Stage) -> Chat:
     """The stage's tokenizer. Raises UserError."""
     t = stage.tokenizer
-    return Chat(t.path, t.audio_bos, t.audio, t.audio_eos)
+    return Chat(t.path, t.audio_bos, t.audio, t.audio_eos, t.turn_start, t.turn_end, t.add)
 
 
 def mixes(stage: Stage) -> tuple[Mix, dict[str, Mix]]:

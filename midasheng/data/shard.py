@@ -142,7 +142,7 @@ class Reading:
         parts = (
             VERSION, card.audio, card.context, card.prompts, card.answer, card.pairs,
             card.held_out.by if card.held_out else "", card.alike, self.clips, self.decode_share,
-            self.chat.fingerprint(),
+            self.chat.fingerprint(), *self.chat.token_ids.values(),
         )  # fmt: skip
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 

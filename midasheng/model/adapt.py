@@ -18,6 +18,8 @@ from midasheng.model.audio_lm import AudioLM
 from midasheng.model.decoder import linear_shapes
 
 ALL_LINEAR = "all-linear"
+HEAD, EMBEDDING = "decoder.lm_head.weight", "decoder.model.embed_tokens.weight"
+ADDED = "decoder.added."  # rows of frozen tables that learn: their own parameters
 LARGE = 4096  # bitsandbytes keeps the state of smaller tensors in fp32
 
 
@@ -189,15 +191,21 @@ def learns(model: AudioLM, train: Sequence[str], lora: dict[str, list[str]], ran
         else:  # a glob cuts through layers: count the layers it names
             expected = rank * sum(sum(shapes[path.rsplit(".", 1)[-1]]) for path in paths)
         lines.append(_line(f"LoRA {target}", named, expected))
+    rows = {n: p for n, p in trained.items() if n.startswith(ADDED)}
+    if added := len(model.decoder.added_ids):
+        c, tables = model.decoder.config, [model.decoder.model.embed_tokens.weight]
+        tables += [] if c.tie_word_embeddings else [model.decoder.lm_head.weight]
+        frozen = sum(not t.requires_grad for t in tables)  # one that learns, learns all its rows
+        lines.append(_line(f"rows of {added} added tokens", rows, frozen * added * c.hidden_size))
     for line in lines:
         assert line.expected in (None, line.parameters), (
             f"{line.pattern}: {line.parameters:,} parameters learn, the architecture says {line.expected:,}"
         )
-    outside = [n for n in trained if not matches(n, train) and ".lora_" not in n]
+    outside = [n for n in trained if not matches(n, train) and ".lora_" not in n and n not in rows]
     assert not outside, f"{outside[0]} learns but nothing asked for it"
     asleep = [n for n, p in model.named_parameters() if matches(n, train) and not p.requires_grad]
     assert not asleep, f"{asleep[0]} does not learn but train asks for it"
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(p.numel() for n, p in model.named_parameters() if not n.startswith(ADDED))  # they are in the tables
     count = sum(p.numel() for p in trained.values())
     return Learns(tuple(lines), count, total - count)
 
@@ -230,11 +238,16 @@ def lora_state(model: AudioLM) -> dict[str, Tensor]:
     return {name.replace(".default.", "."): p.detach() for name, p in model.named_parameters() if ".lora_" in name}
 
 
-def base_state(model: AudioLM) -> dict[str, Tensor]:
-    """All other tensors by released names, as if there were no LoRA; a tied head appears once, as the embedding."""
-    tied = model.decoder.config.tie_word_embeddings
-    return {
+def base_state(model: AudioLM, *, rows: bool = True) -> dict[str, Tensor]:
+    """All other tensors by released names, as if there were no LoRA; a tied head appears once, as the embedding. Rows
+    that learned stand in their table; without `rows` it is as it was frozen."""
+    decoder, tied = model.decoder, model.decoder.config.tie_word_embeddings
+    state = {
         name.replace(".base_layer.", "."): t.detach()
         for name, t in model.state_dict().items()
-        if ".lora_" not in name and not (tied and name == "decoder.lm_head.weight")
+        if ".lora_" not in name and not name.startswith(ADDED) and not (tied and name == HEAD)
     }
+    if not rows:
+        return state
+    state[EMBEDDING] = decoder.with_rows("embedding", state[EMBEDDING])
+    return state if tied else state | {HEAD: decoder.with_rows("head", state[HEAD])}

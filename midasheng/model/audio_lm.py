@@ -73,7 +73,8 @@ class AudioLM(nn.Module):
         for part in parts:
             if part not in ("audio_encoder", "decoder"):
                 raise UserError(f"hardware.recompute: {part!r}; write audio_encoder or decoder")
-            trained = [n for n, p in getattr(self, part).named_parameters() if p.requires_grad and ".lora_" not in n]
+            named = getattr(self, part).named_parameters()
+            trained = [n for n, p in named if p.requires_grad and ".lora_" not in n and not n.startswith("added.")]
             if not trained:
                 raise UserError(
                     f"hardware.recompute: {part} is frozen; computing it again costs half as much again as it costs "
@@ -133,5 +134,7 @@ class AudioLM(nn.Module):
 
     def target_losses(self, hidden_TD: Float[Tensor, "T D"], pack: Pack) -> Float[Tensor, " N"]:
         """Cross-entropy of each target in the order of target_N, float32."""
-        at_N, head_VD = pack.target_N, self.decoder.lm_head.weight
-        return target_loss(hidden_TD.index_select(0, at_N), head_VD, pack.labels_T[at_N], self.compute_dtype)
+        at_N, decoder = pack.target_N, self.decoder
+        rows, added = decoder.added.get("head"), slice(decoder.added_ids.start, decoder.added_ids.stop)
+        hidden_ND, head_VD = hidden_TD.index_select(0, at_N), decoder.lm_head.weight
+        return target_loss(hidden_ND, head_VD, pack.labels_T[at_N], self.compute_dtype, rows, added)

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from midasheng.config import UserError
 from midasheng.model import attention
@@ -101,6 +103,14 @@ def text_fields(text_config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
     return architecture, {k: v for k, v in read.items() if hasattr(default, k) and k not in of_no_use}
 
 
+def with_vocabulary(architecture: str, fields: Mapping[str, Any], size: int) -> dict[str, Any]:
+    """The fields with tables of at least `size` rows."""
+    from transformers import AutoConfig
+
+    own = fields.get("vocab_size") or AutoConfig.for_model(architecture).vocab_size
+    return {**fields, "vocab_size": max(own, size)}
+
+
 class Decoder(nn.Module):
     """`model` and `lm_head`, the names of the released checkpoint. 7B: 7,615,616,512 parameters."""
 
@@ -111,11 +121,35 @@ class Decoder(nn.Module):
         self.lm_head = nn.Linear(self.config.hidden_size, self.config.vocab_size, bias=False)
         nn.init.normal_(self.lm_head.weight, std=self.config.initializer_range)
         self.tie()
+        self.added = nn.ParameterDict()  # "embedding", "head": rows of a frozen table that learn
+        self.added_ids = range(0)
 
     def tie(self) -> None:
         """Make the head the embedding, one parameter, where the config says so; again after either was replaced."""
         if self.config.tie_word_embeddings:
             self.lm_head.weight = self.model.embed_tokens.weight
+
+    def learn_rows(self, ids: range) -> None:
+        """Let these rows of the frozen tables learn: parameters of their own, (rows, hidden_size) float32, that stand
+        in for the table's. So no gradient, optimizer state or decay ever reaches another row, and a frozen table needs
+        no memory of a trained one. A table that learns itself has none."""
+        self.added_ids = ids
+        for name, table in (("embedding", self.model.embed_tokens), ("head", self.lm_head)):
+            if ids and not table.weight.requires_grad:
+                tied = name == "head" and table.weight is self.model.embed_tokens.weight
+                rows = self.added["embedding"] if tied else nn.Parameter(self._rows(table.weight).float().clone())
+                self.added[name] = rows
+
+    def _rows(self, table_VD: Tensor) -> Tensor:
+        return table_VD.detach()[self.added_ids.start : self.added_ids.stop]
+
+    def with_rows(self, name: str, table_VD: Float[Tensor, "V D"]) -> Float[Tensor, "V D"]:
+        """A table ("embedding" or "head") with the rows that learned in its place, as it is handed on."""
+        if name not in self.added:
+            return table_VD
+        table_VD = table_VD.clone()
+        self._rows(table_VD).copy_(self.added[name].detach())
+        return table_VD
 
     def forward(
         self, embeds_TD: Float[Tensor, "T D"], position_T: Int[Tensor, " T"], segments: Sequence[int]
@@ -140,11 +174,22 @@ class Decoder(nn.Module):
 
     def logits(self, hidden_ND: Float[Tensor, "N D"]) -> Float[Tensor, "N V"]:
         """Logits of the slots that are given; never of a whole row in training."""
-        return self.lm_head(hidden_ND)
+        logits_NV = self.lm_head(hidden_ND)
+        if "head" not in self.added:
+            return logits_NV
+        own_NA = F.linear(hidden_ND, self.added["head"].to(self.lm_head.weight.dtype))
+        first, until = self.added_ids.start, self.added_ids.stop
+        return torch.cat([logits_NV[:, :first], own_NA, logits_NV[:, until:]], 1)
 
     def embed(self, ids_T: Int[Tensor, " T"]) -> Float[Tensor, "T D"]:
         """Embeddings of text slots."""
-        return self.model.embed_tokens(ids_T)
+        embeds_TD = self.model.embed_tokens(ids_T)
+        if "embedding" not in self.added:
+            return embeds_TD
+        place_T = ids_T - self.added_ids.start
+        row_T = place_T.clamp(0, len(self.added_ids) - 1)
+        own_TD = F.embedding(row_T, self.added["embedding"]).to(embeds_TD.dtype)
+        return torch.where((row_T == place_T)[:, None], own_TD, embeds_TD)
 
 
 def linear_shapes(config: Any) -> dict[str, tuple[int, int]]:

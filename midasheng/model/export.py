@@ -24,9 +24,10 @@ from torch import Tensor
 from midasheng import frames
 from midasheng.config import Stage
 from midasheng.model import adapt
-from midasheng.model.adapt import base_state
+from midasheng.model.adapt import EMBEDDING, base_state
 from midasheng.model.audio_lm import PARTS, AudioLM
 from midasheng.model.certificate import ExportError, Trial, check_inputs, compare, demand, listen, reload
+from midasheng.model.decoder import with_vocabulary
 from midasheng.model.encoder import EncoderShape
 from midasheng.model.sources import Source, digest, open_source, sha256_file
 from midasheng.model.weights import Start, carry_lora, load, released_config
@@ -43,7 +44,7 @@ CERTIFICATE = "EXPORT.json"
 # ChatML as in training: a line break between turns, clips and words in the order in which they are given
 TEMPLATE = """{%- for message in messages %}
     {%- if not loop.first %}{{ '\\n' }}{% endif %}
-    {{- '<|im_start|>' + message['role'] + '\\n' }}
+    {{- 'TURN_START' + message['role'] + '\\n' }}
     {%- if message['content'] is string %}
         {{- message['content'] }}
     {%- else %}
@@ -57,9 +58,9 @@ TEMPLATE = """{%- for message in messages %}
             {%- endif %}
         {%- endfor %}
     {%- endif %}
-    {{- '<|im_end|>' }}
+    {{- 'TURN_END' }}
 {%- endfor %}
-{%- if add_generation_prompt %}{{ '\\n<|im_start|>assistant\\n' }}{% endif %}"""
+{%- if add_generation_prompt %}{{ '\\n' + 'TURN_START' + 'assistant\\n' }}{% endif %}"""
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,11 @@ def check_adapter_base(source: Source) -> None:
     if source.lora_plan is None:
         raise ExportError(f"{source.where} has no adapter (its stage trained without LoRA); say FORMAT=hf")
     ends = source.record["parts"]["decoder"]
+    if ends["trained"]:
+        raise ExportError(
+            f"{source.where}: the rows of added tokens (tokenizer.add) learned beside the adapter, which would come "
+            "without them; say FORMAT=hf"
+        )
     names = [n for n in source.shapes if n.startswith("decoder.")]
     now = digest(names, source.read)
     if not ends["start"] == ends["end"] == now:
@@ -153,7 +159,8 @@ def content_sha256(state: Mapping[str, Tensor]) -> str:
 def model_of(stage: Stage, source: Source, *, merge: bool) -> AudioLM:
     """The run's model in float32: its LoRA merged, or attached as it was trained."""
     e, d = stage.model.encoder, stage.model.decoder
-    model = AudioLM(EncoderShape(e.dim, e.depth, e.heads), d.architecture, d.fields, PARTS)
+    fields = with_vocabulary(d.architecture, d.fields, source.shapes[EMBEDDING][0])  # tokenizer.add makes it larger
+    model = AudioLM(EncoderShape(e.dim, e.depth, e.heads), d.architecture, fields, PARTS)
     load(model, [Start(source, ("*",))], [], merge_lora=merge)
     adapt.freeze_all_but(model, stage.train)
     if source.lora_plan is not None and not merge:
@@ -175,7 +182,7 @@ def cast(state: Mapping[str, Tensor], dtype: str) -> dict[str, Tensor]:
 # -- files ------------------------------------------------------------------------------------------------------------
 
 
-def config_json(model: AudioLM, audio_ids: Mapping[str, int], dtype: str) -> dict[str, Any]:
+def config_json(model: AudioLM, token_ids: Mapping[str, int], dtype: str) -> dict[str, Any]:
     """config.json of the export: the released keys, where the code lies, and rotary positions in the words of both
     transformers 4 (vLLM reads them too) and 5."""
     from transformers import PretrainedConfig
@@ -190,7 +197,7 @@ def config_json(model: AudioLM, audio_ids: Mapping[str, int], dtype: str) -> dic
     name = {"fp32": "float32", "bf16": "bfloat16"}[dtype]
     for key in ("transformers_version", "dtype", "torch_dtype", "_name_or_path", "architectures"):
         text.pop(key, None)
-    return released_config(model, audio_ids) | {
+    return released_config(model, token_ids) | {
         "text_config": text | {"dtype": name}, "dtype": name, "torch_dtype": name, "tie_word_embeddings": False,
         "auto_map": {
             "AutoConfig": "configuration_midashenglm.MiDashengLMConfig",
@@ -224,11 +231,9 @@ def write_model(
     """Everything transformers needs, the card excepted. Returns what was written: tensor name -> shape."""
     folder.mkdir(parents=True)
     tokens = stage.tokenizer
-    template = (
-        TEMPLATE.replace("'AUDIO_BOS'", repr(tokens.audio_bos))
-        .replace("'AUDIO_EOS'", repr(tokens.audio_eos))
-        .replace("'AUDIO'", repr(tokens.audio))
-    )
+    template = TEMPLATE
+    for place in ("audio_bos", "audio_eos", "audio", "turn_start", "turn_end"):
+        template = template.replace(f"'{place.upper()}'", repr(getattr(tokens, place)))
     state = cast(base_state(model), dtype)
     save_torch_state_dict(state, folder, max_shard_size=shard)
     for path in weights.iterdir():  # the tokenizer's files, whatever they are called
@@ -236,19 +241,23 @@ def write_model(
         if path.is_file() and not ours:
             shutil.copyfile(path, folder / path.name)
     stored = json.loads((weights / "tokenizer_config.json").read_text(encoding="utf-8"))
+    stored["pad_token"] = stored.get("pad_token") or tokens.turn_end  # Llama's has none, and its processor must pad
     vocabulary = vocabulary_of(folder / "tokenizer.json")
     named = {
         "audio_token_id": tokens.audio,
         "audio_bos_token_id": tokens.audio_bos,
         "audio_eos_token_id": tokens.audio_eos,
+        "turn_start_token_id": tokens.turn_start,
+        "turn_end_token_id": tokens.turn_end,
     }
-    audio_ids = {name: vocabulary[token] for name, token in named.items()}
-    end, pad = vocabulary["<|im_end|>"], vocabulary.get(str(stored.get("pad_token")), vocabulary["<|im_end|>"])
+    token_ids = {name: vocabulary[token] for name, token in named.items()}
+    end = token_ids["turn_end_token_id"]
+    pad = vocabulary.get(str(stored.get("pad_token")), end)
     files: dict[str, Any] = {
-        "config.json": config_json(model, audio_ids, dtype),
+        "config.json": config_json(model, token_ids, dtype),
         "generation_config.json": {
             "eos_token_id": sorted({end, pad}), "pad_token_id": pad, "do_sample": False, "max_new_tokens": 256,
-            "suppress_tokens": [audio_ids["audio_token_id"]],  # no clip can be said
+            "suppress_tokens": [token_ids["audio_token_id"]],  # no clip can be said
         },
         "preprocessor_config.json": {
             "feature_extractor_type": "Wav2Vec2FeatureExtractor", "feature_size": 1,

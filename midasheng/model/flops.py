@@ -76,7 +76,8 @@ def cost(lm: AudioLM) -> Cost:
     for layer in (lm.audio_projector.net[0], lm.audio_projector.net[2]):
         flops, grad = _linear(layer, grad)
         token += flops
-    slot, segment, grad = _decoder(lm.decoder.model, grad or _learns(lm.decoder.model.embed_tokens))
+    embeds = _learns(lm.decoder.model.embed_tokens) or "embedding" in lm.decoder.added
+    slot, segment, grad = _decoder(lm.decoder.model, grad or embeds)
     target, _ = _linear(lm.decoder.lm_head, grad)
     return Cost(frame, square, token, slot, segment, target)
 

@@ -18,26 +18,36 @@ class _TargetLoss(torch.autograd.Function):
     nothing twice)."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, dtype: torch.dtype) -> Tensor:
+    def forward(
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, labels_N: Tensor, dtype: torch.dtype, added_AD: Tensor,
+        added: slice,
+    ) -> Tensor:  # fmt: skip
         rows = max(1, CHUNK // len(weight_VD))
-        weight = weight_VD.to(dtype)
+        weight, own = weight_VD.to(dtype), added_AD.to(dtype)
         losses_N = hidden_ND.new_empty(len(hidden_ND), dtype=torch.promote_types(hidden_ND.dtype, torch.float32))
         wants = hidden_ND.requires_grad
         slope_ND = torch.empty_like(hidden_ND) if wants else hidden_ND.new_empty(0)
+        slope_NA = losses_N.new_empty(len(hidden_ND), len(own))
         for start in range(0, len(hidden_ND), rows):
             here = slice(start, start + rows)
-            logits = (hidden_ND[here].to(dtype) @ weight.T).to(losses_N.dtype)
+            hidden = hidden_ND[here].to(dtype)
+            logits = (hidden @ weight.T).to(losses_N.dtype)
+            if len(own):
+                logits[:, added] = (hidden @ own.T).to(logits.dtype)
             losses_N[here], slope = _loss_and_slope(logits, labels_N[here])
+            if len(own):
+                slope_NA[here] = slope[:, added]
+                slope[:, added] = 0
             if wants:
-                slope_ND[here] = slope.to(dtype) @ weight
+                slope_ND[here] = slope.to(dtype) @ weight + (slope_NA[here].to(dtype) @ own if len(own) else 0)
             del logits, slope  # before the next chunk's are made
-        ctx.save_for_backward(hidden_ND, weight_VD, labels_N, slope_ND)
-        ctx.dtype, ctx.rows = dtype, rows
+        ctx.save_for_backward(hidden_ND, weight_VD, labels_N, slope_ND, slope_NA)
+        ctx.dtype, ctx.rows, ctx.added_dtype = dtype, rows, added_AD.dtype
         return losses_N
 
     @staticmethod
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_ND, weight_VD, labels_N, slope_ND = ctx.saved_tensors
+        hidden_ND, weight_VD, labels_N, slope_ND, slope_NA = ctx.saved_tensors
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         by_hidden = slope_ND * grad_N[:, None].to(slope_ND.dtype) if wants_hidden else None
         by_weight = None
@@ -50,7 +60,11 @@ class _TargetLoss(torch.autograd.Function):
                 slope = _loss_and_slope(logits, labels_N[here])[1].mul_(grad_N[here, None])
                 by_weight += (slope.to(ctx.dtype).T @ hidden).to(by_weight.dtype)
                 del logits, slope
-        return by_hidden, by_weight, None, None
+        by_added = None
+        if ctx.needs_input_grad[4]:
+            slope_NA = (slope_NA * grad_N[:, None]).to(ctx.dtype)
+            by_added = (slope_NA.T @ hidden_ND.to(ctx.dtype)).to(ctx.added_dtype)
+        return by_hidden, by_weight, None, None, by_added, None
 
 
 def _loss_and_slope(logits: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
@@ -65,14 +79,17 @@ def _loss_and_slope(logits: Tensor, labels_N: Tensor) -> tuple[Tensor, Tensor]:
 
 def target_loss(
     hidden_ND: Float[Tensor, "N D"], weight_VD: Float[Tensor, "V D"], labels_N: Int[Tensor, " N"],
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None, added_AD: Float[Tensor, "A D"] | None = None, added: slice = slice(0, 0),
 ) -> Float[Tensor, " N"]:  # fmt: skip
     """Cross-entropy of each row, in float32 (float64 for float64). `labels_N`: a class for every row, none ignored.
+    `added_AD`: learns in place of the rows `added` of a frozen head.
 
     `dtype`: of the products with the head, as autocast would choose it; by default that of the hidden states. Equal to
     F.cross_entropy(hidden @ weight.T, labels) in value and gradient; holds CHUNK logits at most.
     """
-    return _TargetLoss.apply(hidden_ND, weight_VD, labels_N, dtype or hidden_ND.dtype)
+    assert added_AD is None or not weight_VD.requires_grad, "rows of their own in a head that learns"
+    added_AD = weight_VD.new_empty(0, weight_VD.shape[1]) if added_AD is None else added_AD
+    return _TargetLoss.apply(hidden_ND, weight_VD, labels_N, dtype or hidden_ND.dtype, added_AD, added)
 
 
 def verify(device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> float:

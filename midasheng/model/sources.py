@@ -24,7 +24,6 @@ from midasheng.model.adapt import LoraPlan, matches
 from midasheng.model.audio_lm import PARTS
 from midasheng.model.encoder import LogMel
 
-HEAD, EMBEDDING = "decoder.lm_head.weight", "decoder.model.embed_tokens.weight"
 TIME = "audio_encoder.time_pos_embed"
 FRONT_END = "audio_encoder.front_end."  # two buffers of the 0804-fp32 release that are computed here
 INDEX = "model.safetensors.index.json"

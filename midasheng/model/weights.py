@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from midasheng import frames
-from midasheng.model.adapt import LoraPlan, base_state, kept_in, lora_state, matches
+from midasheng.model.adapt import EMBEDDING, HEAD, LoraPlan, base_state, kept_in, lora_state, matches
 from midasheng.model.audio_lm import PARTS, AudioLM
-from midasheng.model.sources import EMBEDDING, FLOATS, HEAD, Source, WeightsError, digests_of_parts, sha256_file
+from midasheng.model.sources import FLOATS, Source, WeightsError, digests_of_parts, sha256_file
 
 FILE_BYTES = 5 * 10**9  # of weights/model*.safetensors at most, unless one tensor is larger
 Gather = Callable[[Tensor], Tensor]
@@ -53,13 +53,16 @@ def _reaches(glob: str, part: str) -> bool:
 
 
 def load(
-    model: AudioLM, starts: Sequence[Start], fresh: Sequence[str], *, merge_lora: bool, precision: str = "fp32"
-) -> list[tuple[str, str, int]]:
+    model: AudioLM, starts: Sequence[Start], fresh: Sequence[str], *, merge_lora: bool, precision: str = "fp32",
+    added: range = range(0),
+) -> list[tuple[str, str, int]]:  # fmt: skip
     """Give every tensor of a model without LoRA its one origin. Returns the table (origin, part, tensors).
 
     Loaded parameters are made anew, one after the other, each in the dtype that it is kept in (adapt.kept_in), so a
     model whose parameters have no memory yet takes little more than its weights. `merge_lora`: the LoRA of a source is
-    added to the weights it adapts, in float32.
+    added to the weights it adapts, in float32. `added`: ids of tokens that the tokenizer was given; tables of a source
+    that was no run of ours know nothing of them: their rows become the mean of all rows before, and a table that ends
+    before them grows.
     Raises WeightsError when a tensor has no origin or two, when a source lacks, adds or misshapes one, or holds one
     that is no float16, bfloat16 or float32, and when its config says that it computes something else.
     """
@@ -104,7 +107,10 @@ def load(
                 f"start: {source.where} holds {len(surplus)} tensors that this model has no place for, the first "
                 f"{surplus[0]}; is SCALE the one they were made for?"
             )
+        grown = {n for n in (EMBEDDING, HEAD) if added and n in taken and not source.record}
         for name in sorted(taken):
+            if name in grown and _ends_before(source.shapes[name], wanted[name].shape, added):
+                continue
             if source.shapes[name] != tuple(wanted[name].shape):
                 raise WeightsError(
                     f"start: {source.where}: {name} is {source.shapes[name]}, this model wants "
@@ -128,6 +134,8 @@ def load(
                 )
             if name in merged:
                 tensor = tensor.float() + merged[name]
+            if name in grown:
+                tensor = _with_means(tensor, wanted[name].shape, added)
             _set(model, name, tensor, precision)
     model.decoder.tie()
 
@@ -135,6 +143,21 @@ def load(
     for name, (origin,) in origins.items():
         table[origin, name.split(".")[0]] = table.get((origin, name.split(".")[0]), 0) + 1
     return [(origin, part, count) for (origin, part), count in table.items()]
+
+
+def _ends_before(there: Sequence[int], wanted: Sequence[int], added: range) -> bool:
+    """Has a table all rows but added ones, which are its last?"""
+    return there[1:] == tuple(wanted[1:]) and added.start <= there[0] <= added.stop == wanted[0]
+
+
+def _with_means(table_VD: Tensor, wanted: Sequence[int], added: range) -> Tensor:
+    """The table with the mean of all rows before `added` in the rows of `added`; rows behind them stay."""
+    grown = table_VD.new_empty(tuple(wanted))
+    grown[: len(table_VD)] = table_VD
+    known = table_VD[: added.start]
+    total = sum(piece.double().sum(0) for piece in known.split(2**14))  # not whole: float64 of 152k rows takes 4 GB
+    grown[added.start : added.stop] = (total / len(known)).to(table_VD.dtype)
+    return grown
 
 
 def _same(head: Tensor, embedding: Tensor) -> bool:
@@ -312,15 +335,16 @@ def check_tokenizer(start: Start, fingerprint: str) -> None:
 # -- handing off ----------------------------------------------------------------------------------------------------
 
 
-def released_config(model: AudioLM, audio_ids: Mapping[str, int]) -> dict[str, Any]:
-    """config.json in the layout of the released MiDashengLM. `audio_ids`: audio_token_id, as released, and beside it
-    audio_bos_token_id and audio_eos_token_id, since a decoder may have other names for these tokens."""
+def released_config(model: AudioLM, token_ids: Mapping[str, int]) -> dict[str, Any]:
+    """config.json in the layout of the released MiDashengLM. `token_ids`: audio_token_id, as released, and beside it
+    audio_bos_token_id, audio_eos_token_id, turn_start_token_id and turn_end_token_id, since a decoder may have other
+    names for these tokens."""
     shape = model.audio_encoder.shape
     return {
         "model_type": "midashenglm",
         "architectures": ["MiDashengLMModel"],
         "subsample_factor": 5,
-        **audio_ids,
+        **token_ids,
         "audio_encoder_config": {
             "model_type": "midashenglm_dasheng_encoder", "embed_dim": shape.dim, "depth": shape.depth,
             "num_heads": shape.heads, "mlp_ratio": shape.mlp_ratio, "n_fft": 512, "win_length": 512, "hop_length": 160,
@@ -334,7 +358,7 @@ def released_config(model: AudioLM, audio_ids: Mapping[str, int]) -> dict[str, A
 
 def hand_off(
     model: AudioLM, folder: Path, record: dict[str, Any], plan: LoraPlan | None, *, start_digests: dict[str, str],
-    audio_ids: Mapping[str, int], save_tokenizer: Callable[[Path], None], gather: Gather = on_cpu,
+    token_ids: Mapping[str, int], save_tokenizer: Callable[[Path], None], gather: Gather = on_cpu,
 ) -> dict[str, Any]:  # fmt: skip
     """Write weights/: model*.safetensors under released names, adapter/ in peft's format, tokenizer, config.json and
     stage.json. All or nothing: written beside and renamed. Returns stage.json's content.
@@ -343,9 +367,10 @@ def hand_off(
     well; nobody holds more than one file of it.
     Raises AssertionError when a part that was trained is bit-identical to what it started from, or LoRA has no effect.
     """
-    trained = {p: any(q.requires_grad for q in getattr(model, p).parameters()) for p in PARTS}
     # LoRA trains the decoder without changing its base
-    full = {p: trained[p] and not (p == "decoder" and plan is not None) for p in PARTS}
+    full = {
+        p: any(q.requires_grad and ".lora_" not in n for n, q in getattr(model, p).named_parameters()) for p in PARTS
+    }
     temporary = folder.with_name(folder.name + ".part")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
@@ -365,7 +390,7 @@ def hand_off(
         assert moved, "LoRA was trained but every B is still zero"
         _save_adapter(lora, temporary / "adapter", plan)
     save_tokenizer(temporary)
-    config = json.dumps(released_config(model, audio_ids), indent=2, default=str)
+    config = json.dumps(released_config(model, token_ids), indent=2, default=str)
     (temporary / "config.json").write_text(config + "\n", encoding="utf-8")
     files = sorted(p for p in temporary.rglob("*") if p.is_file())
     for path in files:

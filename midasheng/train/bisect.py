@@ -239,7 +239,7 @@ def model_before(stage: Stage, folder: Path, data: DataRoom, step: int, skipped:
     """The model with weights as near as there are to those that met `step`, from a checkpoint of the run or from its
     start, and which they are. Raises UserError."""
     attention.ask(stage.hardware.attention)
-    model = started(replace(stage, hardware=replace(stage.hardware, compile=False)), folder)
+    model = started(replace(stage, hardware=replace(stage.hardware, compile=False)), folder, data.chat.added)
     paths = [p for name in (checkpoint.LAST, checkpoint.BEST) if (p := folder / "checkpoints" / name).is_file()]
     there = {p: int(checkpoint.read(p)["step"]) for p in paths}
     # the nearest one, rather before the step than behind it

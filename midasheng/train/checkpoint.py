@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import os
 import shutil
 import threading
 import zipfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
@@ -20,9 +23,13 @@ from midasheng.config import Stage, UserError
 from midasheng.model import adapt
 from midasheng.model.audio_lm import AudioLM
 from midasheng.model.sources import part_digests
+from midasheng.train import shard_files
 from midasheng.train.optim import state_bytes
 
 LAST, BEST = "last.ckpt", "best.ckpt"
+# the disk, a quota or a limit lets no more be written
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO}
+AGAIN = "Make room, or mend what is in the way, and give the same command again"
 FORMAT = 2  # 1 held all weights, frozen ones too, and bore no number
 
 
@@ -44,7 +51,7 @@ def learned(model: AudioLM, *, parameters: bool = True) -> dict[str, Tensor]:
 def base_digests(model: AudioLM) -> dict[str, str]:
     """Part -> hash of its tensors that a checkpoint does not hold: they come from `start` again, and must be equal."""
     held = {n.replace(".base_layer.", ".") for n in learned(model)}
-    return part_digests({n: t for n, t in adapt.base_state(model).items() if n not in held})
+    return part_digests({n: t for n, t in adapt.base_state(model, rows=False).items() if n not in held})
 
 
 def _names(model: AudioLM, optimizer: torch.optim.Optimizer) -> list[list[str]]:
@@ -105,9 +112,10 @@ def read(path: Path) -> dict[str, Any]:
     return saved
 
 
-def restore(model: AudioLM, saved: dict[str, Any], path: Path) -> None:
-    """Give the model back what it had learned. Raises CheckpointError when key sets, shapes, dtypes or the frozen rest
-    are not those of the checkpoint."""
+def restore(model: AudioLM, saved: dict[str, Any], path: Path, *, shards: bool = True) -> None:
+    """Give the model back what it had learned. `shards`: also what lies in shards, whole; not where ranks will share
+    the model and each reads its own. Raises CheckpointError when key sets, shapes, dtypes or the frozen rest are not
+    those of the checkpoint, ShardError for shards."""
     ours, theirs = learned(model, parameters=not saved["shards"]), saved["learned"]
     if missing := sorted(ours.keys() - theirs.keys()):
         raise CheckpointError(f"{path} lacks {len(missing)} tensors that learn here, the first {missing[0]}")
@@ -126,6 +134,8 @@ def restore(model: AudioLM, saved: dict[str, Any], path: Path) -> None:
     with torch.no_grad():
         for name, tensor in theirs.items():
             ours[name].copy_(tensor)
+    if shards and saved["shards"]:
+        shard_files.restore_weights(model, shard_files.opened(path.parent / saved["shards"]))
 
 
 def restore_optimizer(model: AudioLM, optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: Path) -> None:
@@ -218,7 +228,7 @@ class Writer:
 
     `beside`: files that a resume goes on with; they are brought to the disk before the checkpoint takes its place, so
     none of them is behind it. An error of the writing thread reaches the run at its next step, the next checkpoint or
-    its end, as a CheckpointError.
+    its end, as a CheckpointError; so does a disk that takes nothing more of any other file of the run.
     """
 
     def __init__(self, folder: Path, beside: Sequence[Path], whole: int | None) -> None:
@@ -230,10 +240,14 @@ class Writer:
     def __enter__(self) -> Writer:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
         self._join()
-        if kind is None:
+        if error is None:
             self.check()
+        if isinstance(error, OSError) and error.errno in FULL:
+            raise CheckpointError(
+                f"{error.filename or self.folder.parent}: {error.strerror}; {self.former}. {AGAIN}"
+            ) from error
 
     def write(self, content: dict[str, Any], names: Sequence[str], written: Callable[[int], None]) -> None:
         """Begin to write `content`, which nobody may change any more; `written` is called with its bytes when it is in
@@ -252,6 +266,11 @@ class Writer:
         if self.failed is not None:
             raise self.failed
 
+    @property
+    def former(self) -> str:
+        """What a resume finds, for a message."""
+        return f"{self.folder / LAST} of step {self.whole} is whole" if self.whole is not None else "no checkpoint yet"
+
     def _join(self) -> None:
         if self.thread is not None:
             self.thread.join()
@@ -267,14 +286,21 @@ class Writer:
             self.whole = step
             written(size)
         except Exception as error:  # whatever it is, it must reach the run
-            former = (
-                f"{self.folder / LAST} of step {self.whole} is whole" if self.whole is not None else "there is none yet"
-            )
             self.failed = CheckpointError(
-                f"the checkpoint of step {step} could not be written to {self.folder}: {error}; {former}. Mend what is "
-                "in the way and give the same command again"
+                f"the checkpoint of step {step} could not be written to {self.folder}: {error}; {self.former}. {AGAIN}"
             )
             self.failed.__cause__ = error
+
+
+@contextmanager
+def handing_off(weights: Path) -> Iterator[None]:
+    """Around the writing of weights/: a full disk is a CheckpointError, and half of them is taken away."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(weights.with_name(weights.name + ".part"), ignore_errors=True)
+        last = weights.parent / "checkpoints" / LAST
+        raise CheckpointError(f"{weights} could not be written: {error}; {last} is whole. {AGAIN}") from error
 
 
 # -- before step 0 -----------------------------------------------------------------------------------------------------

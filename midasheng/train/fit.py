@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -20,22 +21,24 @@ import lightning as L
 import torch
 from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
-from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from midasheng import __version__, config
-from midasheng.config import DDP, FSDP, ConfigError, Stage, UserError
+from midasheng.config import AUTO, DDP, FSDP, ConfigError, Stage, UserError
 from midasheng.data.index import CorpusIndex
 from midasheng.data.ledger import Ledger, Skipped, drop_after, trim
 from midasheng.data.loader import first_clips, keep_freed_memory, train_loader
 from midasheng.data.plan import Planner, differences
 from midasheng.data.quarantine import FILE, quarantined, records
 from midasheng.data.room import DataRoom, open_data, plan_data
+from midasheng.evaluate import probe
 from midasheng.model import adapt, attention, kernels, loss, weights
 from midasheng.model.audio_lm import AudioLM
+from midasheng.model.decoder import with_vocabulary
 from midasheng.model.encoder import EncoderShape
 from midasheng.model.sources import WeightsError, check_learned, check_stage, open_source
 from midasheng.sample import counter_seed
-from midasheng.train import checkpoint, memory, optim, sharded, world
+from midasheng.train import checkpoint, memory, optim, sharded, trackers, world
 from midasheng.train.listening import LONGEST, ListeningTest
 from midasheng.train.meter import add_event
 from midasheng.train.module import StageModule
@@ -85,18 +88,22 @@ def open_starts(order: Order) -> list[weights.Start]:
     return starts
 
 
-def build(order: Order, starts: Sequence[weights.Start]) -> tuple[AudioLM, str, adapt.LoraPlan | None]:
+def build(
+    order: Order, starts: Sequence[weights.Start], added: range = range(0)
+) -> tuple[AudioLM, str, adapt.LoraPlan | None]:
     """The model with its start weights, LoRA and precision, and the text that says what came from where and what
-    learns. Raises UserError."""
+    learns. `added`: ids that tokenizer.add gave the tokenizer. Raises UserError."""
     stage = order.stage
     e, d = stage.model.encoder, stage.model.decoder
     torch.manual_seed(counter_seed(stage.run.seed, "fresh", stage.name) % 2**63)
     shape = EncoderShape(e.dim, e.depth, e.heads)
-    model = AudioLM(shape, d.architecture, d.fields, weights.loaded_parts(starts, stage.fresh))
+    fields = with_vocabulary(d.architecture, d.fields, added.stop) if added else d.fields
+    model = AudioLM(shape, d.architecture, fields, weights.loaded_parts(starts, stage.fresh))
     adapt.freeze_all_but(model, stage.train)
     origins = weights.load(
-        model, starts, stage.fresh, merge_lora=stage.lora.inherit == "merge", precision=stage.run.precision
-    )
+        model, starts, stage.fresh, merge_lora=stage.lora.inherit == "merge", precision=stage.run.precision,
+        added=added,
+    )  # fmt: skip
     plan, adapted = None, {}
     if stage.lora.targets:
         plan = adapt.LoraPlan(tuple(stage.lora.targets), stage.lora.rank, stage.lora.alpha, stage.lora.dropout)
@@ -105,6 +112,7 @@ def build(order: Order, starts: Sequence[weights.Start]) -> tuple[AudioLM, str, 
     if stage.lora.inherit == "carry":
         whole = [s for s in starts if adapt.matches("decoder.model.layers.0.self_attn.q_proj.weight", s.take)]
         carried = sum(weights.carry_lora(model, s.source, plan) for s in whole)
+    model.decoder.learn_rows(added)
     optim.groups(model.named_parameters(), stage.optim)  # so that a wrong lr_for is an error before anything is written
     model.recompute(stage.hardware.recompute)
     if stage.hardware.liger:
@@ -120,6 +128,17 @@ def build(order: Order, starts: Sequence[weights.Start]) -> tuple[AudioLM, str, 
     if carried:
         lines.append(f"LoRA of {carried} layers carried over, the others fresh")
     return model, "\n".join(lines) + "\n\n" + table + "\n", plan
+
+
+def measurable(order: Order, starts: Sequence[weights.Start], added: range) -> AudioLM:
+    """The model, to try packs with on one device before step 0. Raises ConfigError where ranks will share it."""
+    model = build(order, starts, added)[0]
+    if sharded.chosen(order.stage.hardware, model) == FSDP:
+        raise ConfigError(
+            f"batch.pack_slots={AUTO}: packs are tried on one device, and here ranks share the model (fsdp); write a "
+            "number, as `make forecast` proposes it"
+        )
+    return model
 
 
 def parents_of(starts: Sequence[weights.Start]) -> list[dict[str, Any]]:
@@ -165,6 +184,15 @@ def verified(stage: Stage) -> str:
     )
 
 
+def course(stage: Stage, data: DataRoom) -> str:
+    """How long, in what packs, how fast it learns: a line."""
+    b, c = data.budget, data.course
+    return (
+        f"{c.steps} steps ({c.warmup} of warm-up), {b.packs_per_step} packs a step of {b.pack_slots} slots and "
+        f"{b.pack_frames} frames; {stage.optim.name}, lr {stage.optim.lr:g}, {stage.run.precision}"
+    )
+
+
 def header(order: Order, data: DataRoom, kernels: str, memory_lines: Sequence[str]) -> str:
     """What this run is, for the terminal and the run folder."""
     b, stage = data.budget, order.stage
@@ -175,11 +203,7 @@ def header(order: Order, data: DataRoom, kernels: str, memory_lines: Sequence[st
             f"  {corpus.card.name:24}{percent:6.1f} %{len(corpus):8} records{corpus.summary.hours:8.2f} h"
             f"{sum(r.held_out for r in corpus.rows):6} held out; left out: {left_out}"
         )
-    lines.append(
-        f"  {data.course.steps} steps ({data.course.warmup} of warm-up), {b.packs_per_step} packs a step of "
-        f"{b.pack_slots} slots and {b.pack_frames} frames; {stage.optim.name}, lr {stage.optim.lr:g}, "
-        f"{stage.run.precision}"
-    )
+    lines.append(f"  {course(stage, data)}")
     if b.lead is not None:
         lines.append(f"  {shared(b.lead_slots, data.corpora)}")
     few, asked = len(data.held_out[0].open(stage.log.answers)), len(data.held_out[0].asked)
@@ -206,11 +230,12 @@ def shared(lead: int, corpora: Sequence[CorpusIndex]) -> str:
 
 
 def words(order: Order, inputs: dict[str, Any], state: str, without: Set[tuple[int, int]]) -> dict[str, str]:
-    """What all processes of a run must see alike: what -> its fingerprint."""
+    """What all processes of a run must see alike: what -> it, or its fingerprint."""
+    settings = config.flat(dataclasses.asdict(order.stage))
     return {
-        "config": config.fingerprint(order.stage), "code": world.code_fingerprint(),
-        "index and plan": world.short(inputs["plan"]), "weights to start from": world.short(inputs["parents"]),
-        "run folder": state, "quarantine": world.short(sorted(without)),
+        "code": world.code_fingerprint(), **{name: json.dumps(value) for name, value in settings.items()},
+        "index or plan": world.short(inputs["plan"]), "weights to start from": world.short(inputs["parents"]),
+        "state of the run folder": state, "quarantine": world.short(sorted(without)),
     }  # fmt: skip
 
 
@@ -225,6 +250,7 @@ def fit(order: Order, ranks: World | None = None) -> None:
     assert ranks.size == asked, f"{ranks.size} processes, hardware.devices x hardware.nodes is {asked}"
     ranks.stall_s = order.stage.hardware.stall_s
     config.check_start(order.stage)
+    trackers.check(order.stage.log.trackers)
     kernels = verified(order.stage)  # first: memory is measured with them
     if order.stage.hardware.threads:
         torch.set_num_threads(order.stage.hardware.threads)
@@ -232,12 +258,12 @@ def fit(order: Order, ranks: World | None = None) -> None:
     starts = open_starts(order)  # before data: an index of many shards takes long
     if first:
         sources = open_data(order.stage, make=True)
-    ranks.of_first("making the index", lambda: None)
+    ranks.of_first("the index", lambda: None)  # is made
     if not first:
         sources = open_data(order.stage, make=False)
     for start in starts:
         weights.check_tokenizer(start, sources.chat.fingerprint())
-    order = memory.pack_slots(order, sources, lambda: build(order, starts)[0], ranks)
+    order = memory.pack_slots(order, sources, lambda: measurable(order, starts, sources.chat.added), ranks)
     stage = order.stage
     data = plan_data(stage, sources)
     planner = data.planner(stage.run.seed)
@@ -246,11 +272,19 @@ def fit(order: Order, ranks: World | None = None) -> None:
     without = records([] if order.fresh else quarantined(folder), data.corpora)
     if state == "finished":
         ranks.alike(words(order, inputs, state, without))
-        print(f"{folder} is finished (NAME=... for another run, FRESH=1 to train it again)")
+        if first:
+            print(f"{folder} is finished (NAME=... for another run, FRESH=1 to train it again)")
         return
-    model, table, plan = build(order, starts)
-    lines = [*memory.check(order, model, sources, data.budget), checkpoint.check_room(folder, model, stage)]
+    model, table, plan = build(order, starts, sources.chat.added)
+    kind = sharded.chosen(stage.hardware, model)
+    measured = [] if kind == FSDP else memory.check(order, model, sources, data.budget)
+    lines = [*sharded.lines(kind, stage.hardware), *measured, checkpoint.check_room(folder, model, stage)]
     text = header(order, data, kernels, lines) + "\n" + table
+    if stage.data.probe:  # so that a mistake in it is found now
+        try:
+            probe.read_tasks(Path(stage.data.probe), Path(stage.data.root))
+        except UserError as error:
+            raise ConfigError(f"data.probe: {error}; or write data.probe='' for none") from None
     ranks.alike(words(order, inputs, state, without))
     if first:
         print(text)
@@ -261,7 +295,7 @@ def fit(order: Order, ranks: World | None = None) -> None:
         (folder / "inputs.json").write_text(json.dumps(inputs, indent=2) + "\n", encoding="utf-8")
         # last: from here on the folder is a run
         (folder / "config.yaml").write_text(order.loaded.yaml(), encoding="utf-8")
-    ranks.meet("the run folder is made")
+    ranks.gather("the run folder")  # is made
     train(order, data, planner, model, plan, inputs, ranks, without)
 
 
@@ -285,8 +319,12 @@ def train(
         ListeningTest(data.held_out, folder, stage.data.answers, stage.log.answers), folder, ranks.stop, saved,
     )  # fmt: skip
     # behind it nobody reads any more what the first process is about to trim
-    ranks.alike({"weights": world.short([module.start_digests, module.base]), "checkpoint": str(module.done)})
-    ranks.tell, steps_done = partial(tell, module), module.done
+    ranks.alike({"weights": world.short([module.start_digests, module.base]), "checkpoint": f"step {module.done}"})
+    ranks.tell, ranks.waits, steps_done = partial(tell, module), module.waits, module.done
+    told: list[Logger] = []
+    if is_first():
+        settings = config.flat(dataclasses.asdict(stage))
+        told = trackers.open_trackers(stage.log.trackers, folder, settings, resumed=saved is not None)
     kind = sharded.chosen(hardware, model)
     if kind == DDP:
         sharded.leave_out_frozen(module)
@@ -297,16 +335,18 @@ def train(
         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
         callbacks=[Fails(ranks), *([ProgressLine()] if stage.log.progress else [])],
         plugins=[TorchElasticEnvironment() if ranks.size > 1 else LightningEnvironment()],
-        logger=TensorBoardLogger(folder, name="", version="tensorboard"),
+        logger=[TensorBoardLogger(folder, name="", version="tensorboard"), *told],
     )  # fmt: skip
+    # its handler of SIGTERM broadcasts within the signal, whatever collective the others are in
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     if is_first():
         trim(folder, steps_done if saved else -1)
         drop_after(folder / "events.jsonl", steps_done + 1 if saved else -1)
         if not saved:  # killed before its first checkpoint
             for name in ("metrics.jsonl", "speed.jsonl", "answers.jsonl"):
                 (folder / name).unlink(missing_ok=True)
-    ranks.meet("the run folder is ready")
-    module.planner, module.world = planner, ranks
+    ranks.gather("the trimmed run folder")
+    module.planner = planner
     module.ledger = Ledger(folder, trainer.global_rank, [c.card.name for c in data.corpora])
     for corpus in data.corpora:
         writes = trainer.global_rank == 0 and not saved
@@ -327,7 +367,7 @@ def train(
         notes = loader.dataset.notes  # type: ignore[attr-defined]
         module.data_at = lambda step: notes.where(step, data.corpora)
         del saved
-        with stoppable(ranks.stop), module.writer:
+        with stoppable(ranks.stop, voting=True), module.writer:
             try:
                 trainer.fit(module, loader)
             except Exception as error:
@@ -344,12 +384,15 @@ def train(
             "tokenizer": data.chat.fingerprint(), "skipped": module.ledger.summary(),
             "steps_skipped": module.skips.total, "seconds": round(module.seconds, 1),
         }  # fmt: skip
-        weights.hand_off(
-            model, folder / "weights", record, plan, start_digests=module.start_digests,
-            audio_ids=data.chat.audio_ids, save_tokenizer=data.chat.save, gather=sharded.gather,
-        )  # fmt: skip
+        with checkpoint.handing_off(folder / "weights"):
+            weights.hand_off(
+                model, folder / "weights", record, plan, start_digests=module.start_digests,
+                token_ids=data.chat.token_ids, save_tokenizer=data.chat.save, gather=sharded.gather,
+            )  # fmt: skip
         add_event(folder, {"step": module.done, "event": "handed off"})
         print("\n".join([*ending(folder), f"skipped: {module.ledger.summary()}; weights in {folder / 'weights'}"]))
+        if stage.data.probe:
+            print(probe.of_runs([folder], *probe.read_tasks(Path(stage.data.probe), Path(stage.data.root))))
     elif kind == FSDP:
         for tensor in weights.handed_off(model):
             sharded.gather(tensor)
@@ -381,7 +424,7 @@ class OutOfMemory(UserError, MemoryError):
     """A step did not fit."""
 
 
-def in_words(error: BaseException, step: int) -> BaseException:
+def in_words(error: Exception, step: int) -> Exception:
     """An error of a machine as one that says what to do; any other as it is."""
     text, goes_on = str(error), "the same command goes on from the last checkpoint"
     if isinstance(error, UserError):
@@ -412,18 +455,11 @@ class Fails(L.Callback):
         self.ranks = ranks
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        """Stops are no errors: all ranks have voted for them."""
+        """A stop is none: all ranks have voted for it."""
         assert isinstance(pl_module, StageModule)
-        if isinstance(exception, Stopped):
-            if not exception.voted:
-                self.ranks.fail(NOT_TRAINING)
-        elif isinstance(exception, Exception):
+        if isinstance(exception, Exception):
             explained = in_words(exception, pl_module.done)
             self.ranks.fail(world.last_line(explained), of_a_collective=world.broken_collective(exception))
-
-
-NOT_TRAINING = "a signal asked it to stop before training"
-PREEMPTED_STATUS = 75  # EX_TEMPFAIL of sysexits.h: start it again
 
 
 def run_stage(
@@ -438,7 +474,7 @@ def run_stage(
     """
     ranks, status = World(), 1
     try:
-        with stoppable(ranks.stop):  # until training begins: a preempted job ends at once, and is started again
+        with stoppable(ranks.stop):
             order = command_line(default, argv)
             contract(order.stage)
             hardware = order.stage.hardware
@@ -449,40 +485,44 @@ def run_stage(
                         f"NODES={hardware.nodes} GPUS={hardware.devices} NODE_RANK=0 (1, 2, ...) "
                         "MASTER_ADDR=first-node, or `make submit`"
                     )
-                return world.start_here(hardware.devices)
+                status = world.start_here(hardware.devices)
+                return status
             ranks = world.join(ranks.stop)
+            ranks.begin()
             if prepare:
                 rest = sys.argv[1:] if argv is None else argv
-                order = command_line(default, [*ranks.of_first("preparing the data", prepare), *rest])
+                order = command_line(default, [*ranks.of_first("the data", prepare), *rest])
             fit(order, ranks)
             ranks.of_first("the end", lambda: None)
         status = 0
     except Elsewhere:
         pass
     except UserError as error:
+        status = 2
         ranks.fail(world.last_line(error))
         if ranks.size == 1:
             print(f"error: {error}", file=sys.stderr)
-        status = 2
     except KeyboardInterrupt:
+        status = world.INTERRUPTED
         ranks.fail("interrupted outside a step")
         if ranks.first:
             print("interrupted outside a step; the same command goes on, or begins again", file=sys.stderr)
-        status = 130
     except Stopped as stopped:
-        status = PREEMPTED_STATUS if stopped.preempted else 130
+        status = world.PREEMPTED if stopped.preempted else world.INTERRUPTED
         if not stopped.voted:
-            ranks.fail(NOT_TRAINING)
-        elif ranks.first:
-            saved = order.folder / "checkpoints" / checkpoint.LAST
-            print(f"stopped; {saved} holds everything: the same command goes on from there")
-        with suppress(Elsewhere):  # a launcher that sees one process end may end rank 0, which writes
-            ranks.of_first("the end", lambda: None)
-    except Exception as error:
+            ranks.fail("a signal stopped it outside of training")
+        else:
+            if ranks.first:
+                saved = order.folder / "checkpoints" / checkpoint.LAST
+                print(f"stopped; {saved} holds everything: the same command goes on from there")
+            with suppress(Elsewhere):  # a launcher that sees one process end may end rank 0, which writes
+                ranks.of_first("the end", lambda: None)
+    except BaseException as error:
         ranks.fail(world.last_line(error), of_a_collective=world.broken_collective(error))
         if ranks.size == 1:
             raise
-        if not ranks.failed or ranks.mine:
+        if ranks.guilty in (-1, ranks.rank):
             traceback.print_exception(error)
-    ranks.leave(status)
+    finally:
+        ranks.leave(status)
     return status

@@ -40,15 +40,18 @@ OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 # -- measuring ---------------------------------------------------------------------------------------------------------
 
 
-class _Live(TorchDispatchMode):
+class Live(TorchDispatchMode):
     """Bytes of the storages that are born while it is on and not yet dead, and their peak; views share a storage."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.bytes = self.peak = 0
+        self.bytes = self.peak = self.operations = 0
         self.met: dict[int, weakref.ref[torch.UntypedStorage]] = {}  # a storage's object lives as long as it does
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.prim.device.default:  # tensors without content are asked for it all the time
+            return func(*args)
+        self.operations += 1
         for tensor in tree_leaves((args, kwargs)):
             self._meet(tensor, born=False)
         out = func(*args, **(kwargs or {}))
@@ -76,7 +79,7 @@ class _Live(TorchDispatchMode):
 def peak_bytes(run: Callable[[], object], device: torch.device | str = "cpu") -> int:
     """The most that live tensors grow by while `run` runs, in bytes; on a GPU, by the allocator's own count."""
     if torch.device(device).type != "cuda":
-        with _Live() as live:
+        with Live() as live:
             run()
         return live.peak
     torch.cuda.synchronize(device)
@@ -298,12 +301,18 @@ def pack_slots(order: Order, sources: Sources, build: Callable[[], AudioLM], ran
 
 
 def check(order: Order, lm: AudioLM, sources: Sources, shape: Budget) -> list[str]:
-    """Fit, compare, run the worst pack: lines for the header of the run, none where the memory is not known. Raises
-    UserError where a step of this run does not fit."""
+    """Fit, compare, run the worst pack: lines for the header of the run. Where the memory is not known the worst pack
+    is run all the same: what fails in it fails before step 0. Raises UserError where a step of this run does not fit.
+    """
     stage = order.stage
     limit = allowed(stage, device_of(stage))
     if not limit:
-        return []
+        with measured(lm, order, sources, shape) as memory:
+            took = memory.worst(shape)
+        return [
+            f"  memory: a step takes {took / GIB:.4g} GiB with the worst pack, which was run once, of it "
+            f"{memory.state / GIB:.4g} state; how much there is is not known (hardware.memory_gib)"
+        ]
     with measured(lm, order, sources, shape) as memory:
         fit = memory.fit(shape)
         needs = memory.needs(fit, shape)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from midasheng import frames
-from midasheng.data.ledger import drop_after
+from midasheng.data.ledger import append, drop_after
 from midasheng.model.flops import Cost
 from midasheng.sample import Pack
 
@@ -119,8 +119,7 @@ class MetricsFile:
     def add(self, row: dict[str, Any]) -> None:
         """Append one row."""
         if self.write:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            append(self.path, (json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
 def memory_gib(device: torch.device) -> float:
@@ -159,8 +158,8 @@ def add_event(run: Path, event: dict[str, Any]) -> None:
     the clock is added ("time", seconds since 1970)."""
     fields = set(event) - {"step", "event"}
     assert fields == EVENTS[event["event"]], f"{event['event']} has the fields {fields}, not {EVENTS[event['event']]}"
-    with (run / "events.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps(event | {"time": round(time.time(), 3)}, ensure_ascii=False) + "\n")
+    row = event | {"time": round(time.time(), 3)}
+    append(run / "events.jsonl", (json.dumps(row, ensure_ascii=False) + "\n").encode())
 
 
 def clock(seconds: float) -> str:

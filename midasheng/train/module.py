@@ -33,7 +33,7 @@ from midasheng.train.listening import ListeningTest
 from midasheng.train.meter import Meter, MetricsFile, Speed, add_event, memory_gib
 from midasheng.train.optim import clip, learning_rate, optimizer
 from midasheng.train.skips import NotFinite, Skips, references
-from midasheng.train.world import PREEMPTED, Stopped, StopRequest, Waiting, World, is_first
+from midasheng.train.world import ASKED_BY_MACHINE, Stopped, StopRequest, Waiting, is_first
 
 
 class Read(NamedTuple):
@@ -74,7 +74,6 @@ class StageModule(L.LightningModule):
         self.shown: dict[str, float] = {}  # for the progress line
         self.ledger: Ledger | None = None
         self.best: dict[str, float] | None = None  # step and val_loss of the lowest validation loss
-        self.world = World()
         self.data_at: Callable[[int], str] = lambda step: "?"  # which record holds the data of a step up
         self.left: float | None = None  # when the training thread went to fetch the next batch
         self.base = checkpoint.base_digests(model)
@@ -112,9 +111,6 @@ class StageModule(L.LightningModule):
         self.speeds = MetricsFile(self.run / "speed.jsonl", self.done, write=rank == 0)
         self.answers = MetricsFile(self.run / "answers.jsonl", self.done, write=rank == 0)
         assert self.ledger is not None
-        self.stop.listen()  # again: after Lightning
-        self.stop.training = True
-        self.world.waits = self._waits
         self.model.train()
         at, how = peak(self.device, self.model.compute_dtype or torch.float32)
         self.speeds.add({"step": self.done, "peak_flops_per_s": at, "peak": how})
@@ -170,6 +166,15 @@ class StageModule(L.LightningModule):
         self.done, self.plan_state = batch.step + 1, batch.state_after
         self._after_step(batch, read.norm, self.stage.optim.lr * rate, read.stop)
         self.left = time.monotonic()
+
+    def waits(self) -> Waiting | None:
+        """For the watch: what the training thread waits for, a batch or a held-out record."""
+        if (left := self.left) is not None and self.done < self.course.steps:
+            return Waiting(f"the data of step {self.done}", left, lambda: self.data_at(self.done))
+        for asked in self.test.sets:
+            if (reading := asked.reading) is not None:
+                return Waiting("a held-out record", reading[1], partial(str, reading[0]))
+        return None
 
     # -- inside a step ----------------------------------------------------------------------------------------------
 
@@ -249,7 +254,7 @@ class StageModule(L.LightningModule):
             self.writer.wait()
             if self.trainer.global_rank == 0:
                 add_event(self.run, {"step": self.done, "event": "stop"})
-            raise Stopped(preempted=stop >= PREEMPTED, voted=True)
+            raise Stopped(preempted=stop >= ASKED_BY_MACHINE, voted=True)
 
     def _follow_mix_file(self) -> None:
         """When the user has written mix.yaml into the run folder: draw in its shares, on all ranks from one step on."""
@@ -270,15 +275,6 @@ class StageModule(L.LightningModule):
             logger.log_metrics(values, step=self.done)
         too_much = ("lr", "grad_norm", "seconds", "memory_gib")  # for one line
         self.shown |= {name: v for k, v in values.items() if (name := k.split("/")[1]) not in too_much}
-
-    def _waits(self) -> Waiting | None:
-        """For the watch: what the training thread waits for, a batch or a held-out record."""
-        if (left := self.left) is not None:
-            return Waiting(f"the data of step {self.done}", left, lambda: self.data_at(self.done))
-        for asked in self.test.sets:
-            if (reading := asked.reading) is not None:
-                return Waiting("a held-out record", reading[1], partial(str, reading[0]))
-        return None
 
     def _world(self) -> tuple[int, int, Callable[[Tensor], Tensor]]:
         return self.trainer.global_rank, self.trainer.world_size, self._sum_over_ranks
@@ -350,7 +346,7 @@ class StageModule(L.LightningModule):
 
     def _go_on(self, saved: dict[str, Any]) -> None:
         """Take back what a checkpoint holds, but for the optimizer, which Lightning makes later, and shards."""
-        checkpoint.restore(self.model, saved, self.last)
+        checkpoint.restore(self.model, saved, self.last, shards=False)
         self.optimizer_saved = saved
         self.done, self.plan_state, self.start_digests = saved["step"], saved["plan"], saved["start_digests"]
         self.saved, self.seconds, self.best = self.done, saved["seconds"], saved["best"]

@@ -46,9 +46,9 @@ def model_of_run(stage: Stage, folder: Path, chat: Chat) -> tuple[AudioLM, str] 
         own = replace(stage, hardware=bare, start=[], fresh=[], lora=replace(stage.lora, inherit="carry"))
         starts = [weights.Start(open_source(str(folder)), ("*",))]
         weights.check_tokenizer(starts[0], chat.fingerprint())
-        model, where = build(_order(own, folder), starts)[0], str(folder / "weights")
+        model, where = build(_order(own, folder), starts, chat.added)[0], str(folder / "weights")
     elif last.is_file():
-        model, saved = started(replace(stage, hardware=bare), folder), checkpoint.read(last)
+        model, saved = started(replace(stage, hardware=bare), folder, chat.added), checkpoint.read(last)
         checkpoint.restore(model, saved, last)
         where = f"{last}, step {saved['step']}"
     else:
@@ -56,12 +56,13 @@ def model_of_run(stage: Stage, folder: Path, chat: Chat) -> tuple[AudioLM, str] 
     return model.eval(), where
 
 
-def started(stage: Stage, folder: Path) -> AudioLM:
-    """The model that a run began with, but for what it calibrates itself. Raises UserError."""
+def started(stage: Stage, folder: Path, added: range) -> AudioLM:
+    """The model that a run began with, but for what it calibrates itself. `added` as in fit.build. Raises
+    UserError."""
     # what is frozen comes from where the run's own weights came from, under whatever name (FROM) it was asked for
     parents = json.loads((folder / "inputs.json").read_text(encoding="utf-8"))["parents"]
     order = _order(replace(stage, start=[{"from": p["from"], "take": p["take"]} for p in parents]), folder)
-    return build(order, open_starts(order))[0]
+    return build(order, open_starts(order), added)[0]
 
 
 def _order(stage: Stage, folder: Path) -> Order:

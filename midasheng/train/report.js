@@ -415,7 +415,7 @@ function answers(run) {
       const found = clips[a.clip], sound = found && found.startsWith("data:audio/");
       const player = sound ? el("audio", { controls: true, preload: "metadata", src: found, "aria-label": `clip ${a.key}` }) : el("p", { class: "note" }, `No player: ${found || "no clip"}`);
       const line = (name, text) => [el("dt", {}, name), el("dd", {}, text)];
-      return el("article", { class: "answer" }, player, el("dl", {}, ...line("asked", a.prompt), ...line("reference", a.references.join(" / ")),
+      return el("article", { class: "answer" }, player, el("dl", {}, ...line("asked", a.prompt), ...a.references.flatMap((text, n) => line(n ? "or" : "reference", text)),
         el("dt", {}, "answer"), el("dd", {}, a.output, a.cut ? el("span", { class: "soft" }, " … (cut)") : "", a.choices.length && !a.right ? el("span", { class: "bad" }, "  wrong") : ""),
         ...(a.text_only === null ? [] : line("decoder alone", a.text_only)), ...line("clip", `${a.corpus}/${a.key}`)),
         a.earlier.length ? el("details", {}, el("summary", {}, "Answered before"), el("dl", {}, ...a.earlier.flatMap(([step, said]) => line(`step ${step}`, said)))) : "");

@@ -185,24 +185,30 @@ def _slicer(tensors: Mapping[str, Tensor]) -> Callable[[str, int, int], Tensor]:
 
 
 @torch.no_grad()
-def restore(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Saved) -> None:
-    """Give weights and optimizer back what of them belongs here, whether they are sharded or not. Raises ShardError
-    when other tensors learn here, or have another size."""
+def restore_weights(model: nn.Module, saved: Saved) -> None:
+    """Give the model back what of it belongs here, whether it is sharded or not. Raises ShardError when other tensors
+    learn here, or have another size."""
     ours = {n: p for n, p in model.named_parameters() if p.requires_grad}
     if missing := sorted(ours.keys() - saved.pieces.keys()):
         raise ShardError(f"{saved.where} lacks {len(missing)} tensors that learn here, the first {missing[0]}")
     if surplus := sorted(saved.pieces.keys() - ours.keys()):
         raise ShardError(f"{saved.where} holds {len(surplus)} tensors that do not learn here, the first {surplus[0]}")
-    names = {id(p): n for n, p in ours.items()}
+    for name, p in ours.items():
+        if (size := saved.pieces[name][-1].stop) != p.numel():
+            raise ShardError(f"{saved.where}: {name} has {size} elements, this model's {p.numel()}")
+        local(p).view(-1).copy_(saved.elements(name, WEIGHT, *cut(p)))
+
+
+@torch.no_grad()
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, saved: Saved) -> None:
+    """The same, and the optimizer's state."""
+    restore_weights(model, saved)
+    names = {id(p): n for n, p in model.named_parameters()}
     optimizer.state.clear()
     for g, group in enumerate(optimizer.param_groups):
         for k, p in enumerate(group["params"]):
-            name, (start, stop) = names[id(p)], cut(p)
-            if (size := saved.pieces[name][-1].stop) != p.numel():
-                raise ShardError(f"{saved.where}: {name} has {size} elements, this model's {p.numel()}")
-            local(p).view(-1).copy_(saved.elements(name, WEIGHT, start, stop))
-            if saved.steps[name]:
-                _restore_state(optimizer, g, k, p, saved, name)
+            if saved.steps[names[id(p)]]:
+                _restore_state(optimizer, g, k, p, saved, names[id(p)])
 
 
 def _restore_state(optimizer: torch.optim.Optimizer, g: int, k: int, p: Tensor, saved: Saved, name: str) -> None:

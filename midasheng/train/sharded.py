@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from midasheng.config import AUTO, DDP, FSDP, ConfigError, Hardware
+from midasheng.model.adapt import ADDED
 from midasheng.model.audio_lm import AudioLM
 from midasheng.train.adam8bit import local
 
@@ -40,7 +41,24 @@ def chosen(hardware: Hardware, model: nn.Module) -> str:
         raise ConfigError(f"hardware.shard: {hardware.shard} does not divide {world} processes; write a divisor, or 0")
     if hardware.compile:
         raise ConfigError("hardware.compile: compiled blocks under FSDP2 were never run; write hardware.compile=false")
+    if any(name.startswith(ADDED) for name, _ in model.named_parameters()):
+        raise ConfigError(
+            "tokenizer.add: rows that learn in a frozen table are not shared over ranks; write hardware.strategy=ddp, "
+            "or name reserved tokens instead"
+        )
     return FSDP
+
+
+def lines(kind: str, hardware: Hardware) -> list[str]:
+    """For the header of a run: who holds what."""
+    world = hardware.devices * hardware.nodes
+    if kind == FSDP:
+        share = hardware.shard or world
+        return [
+            f"  {world} processes, FSDP2: {share} share one copy of the model; what a step takes is not tried before "
+            "step 0 (`make forecast` says it)"
+        ]
+    return [f"  {world} processes, DDP: each holds the whole model"] if kind == DDP else []
 
 
 def strategy(kind: str, hardware: Hardware) -> Strategy | str:
@@ -61,28 +79,35 @@ def leave_out_frozen(module: nn.Module) -> None:
 
 
 def shard(model: AudioLM, device: str, share: int = 0) -> None:
-    """FSDP2, in place: each block of both towers is a group, all else is the root's. `share`: how many ranks hold one
-    copy (0: all); more ranks hold more copies.
+    """FSDP2, in place: a block of either tower is a group, its norms are another, all else is the root's. `share`: how
+    many ranks hold one copy (0: all); more ranks hold more copies.
 
     Weights are kept, and gradients reduced, in float32. Blocks are gathered in the model's compute dtype, which
-    autocast would round them to (norms and biases of blocks too, which autocast leaves); the residual stream is not
-    cast. What the root holds - front end, patches, positions, projector, embedding, head, last norms - is gathered as
-    it is kept. The head's weight is used without its forward, and a tied one is the embedding: so both must be the
-    root's, whose group stays gathered from the forward pass to the end of the backward pass.
+    autocast would round their products to; what autocast leaves in float32 is gathered as it is kept: norms, and what
+    the root holds, front end, patches, positions, projector, embedding, head. The residual stream is not cast. The
+    head's weight is used without its forward, and a tied one is the embedding: so both must be the root's, whose group
+    stays gathered from the forward pass to the end of the backward pass.
     """
     world = torch.distributed.get_world_size()
     share = share or world
     mesh = init_device_mesh(device, (world // share, share), mesh_dim_names=(COPIES, SHARDS))
     mesh = mesh if share < world else mesh[SHARDS]
     blocks = MixedPrecisionPolicy(model.compute_dtype, torch.float32, cast_forward_inputs=False)
-    for block in [*model.audio_encoder.blocks, *model.decoder.model.layers]:
-        fully_shard(block, mesh=mesh, mp_policy=blocks, reshard_after_forward=True)
     rest = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
+    for block in [*model.audio_encoder.blocks, *model.decoder.model.layers]:
+        fully_shard(norms(block), mesh=mesh, mp_policy=rest, reshard_after_forward=True)
+        fully_shard(block, mesh=mesh, mp_policy=blocks, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, mp_policy=rest, reshard_after_forward=False)
 
 
+def norms(block: nn.Module) -> list[nn.Module]:
+    """Modules of a block that hold no matrix, in the order in which they run."""
+    own = [(m, list(m.parameters(recurse=False))) for m in block.modules()]
+    return [m for m, held in own if held and all(p.ndim == 1 for p in held)]
+
+
 def groups(model: nn.Module) -> list[FSDPModule]:
-    """What is gathered together, the root first; none without FSDP2."""
+    """Modules whose weights are gathered before they run, the root first; none without FSDP2."""
     return [m for m in model.modules() if isinstance(m, FSDPModule)]
 
 

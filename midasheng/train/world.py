@@ -33,12 +33,13 @@ T = TypeVar("T")
 LAUNCH = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 TURN_S = 1.0  # between two looks of the watch
 JOIN_S = 600.0  # for all processes to come to the same place
-SILENT_S = 30.0  # a process that says nothing for so long is dead, or its machine is
-GRACE_S = 10.0  # to end by itself once another one has failed, then it is ended
+SILENT_TURNS = 30  # looks that find no new beat of a process: it is dead, or its machine is
+BROKEN_TURNS = 5  # the same once a collective has broken, so that one must be dead
+GRACE_S = 20.0  # to end by itself, a checkpoint written, once another one has failed; then it is ended
 ALL_GONE_S = 45.0  # for the others, once one process of this machine has failed; then they are killed
-PREEMPTS = (signal.SIGTERM, signal.SIGUSR1)
-FAILED = "failed"  # key of the first error
-ASKED, PREEMPTED = 1, 2**20  # what a process adds to the vote on stopping; more ranks than that there are not
+INTERRUPTED, PREEMPTED = 130, 75  # exit statuses: Ctrl-C; the machine wants it back (EX_TEMPFAIL): start it again
+FAILED, SAID, BROKEN = "failed", "said", "broken"  # keys: the first error; rank 0 has said it; a collective broke
+LOST = "lost"  # how the error of a process begins that cannot speak any more
 
 
 # -- starting ----------------------------------------------------------------------------------------------------------
@@ -73,7 +74,7 @@ def launched() -> Launched | None:
 
 
 def is_first() -> bool:
-    """Is this the process that writes?"""
+    """Is this the process that writes? Every launcher sets RANK; LOCAL_RANK is 0 on each node."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -87,21 +88,25 @@ def start_here(processes: int) -> int:
     env.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does
     children = [
         # a session of their own: a terminal's Ctrl-C reaches them once, from here
-        subprocess.Popen(sys.orig_argv, env=env | {"RANK": str(n), "LOCAL_RANK": str(n)}, start_new_session=True)
+        subprocess.Popen(
+            [sys.executable, *sys.orig_argv[1:]], env=env | {"RANK": str(n), "LOCAL_RANK": str(n)},
+            start_new_session=True,
+        )
         for n in range(processes)
-    ]
+    ]  # fmt: skip
 
     def pass_on(number: int, _: object) -> None:
         for child in children:
             child.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+    for number in STOPS:
         signal.signal(number, pass_on)
     said, until = _prefixed(store), None
     while None in (codes := [child.poll() for child in children]):
         for n, code in enumerate(codes):
-            if code is not None and code < 0:
-                said.compare_set(FAILED, "", _told(n, f"the process was ended by {signal.Signals(-code).name}"))
+            if code not in (None, 0, INTERRUPTED, PREEMPTED):  # where it could still speak, it has
+                how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
+                said.compare_set(FAILED, "", _told(n, f"{LOST}: it ended {how}"))
         if until is None and said.check([FAILED]):
             until = time.monotonic() + ALL_GONE_S
         if until is not None and time.monotonic() > until:
@@ -118,15 +123,20 @@ def _prefixed(store: Store) -> PrefixStore:
 
 
 def _told(rank: int, text: str) -> str:
-    return json.dumps({"rank": rank, "host": socket.gethostname(), "text": text})
+    return json.dumps({"rank": rank, "text": text})
 
 
 # -- stopping ----------------------------------------------------------------------------------------------------------
 
 
-class Stopped(Exception):
+PREEMPTS = (signal.SIGTERM, signal.SIGUSR1)
+STOPS = (signal.SIGINT, *PREEMPTS)
+ASKED, ASKED_BY_MACHINE = 1, 2**20  # what a process adds to the vote on stopping; more ranks than that there are not
+
+
+class Stopped(BaseException):
     """This process stops because somebody asked. `preempted`: the machine, which is to start the run again; `voted`:
-    between two steps, by all ranks, behind a checkpoint; else before training, where there is nothing to save."""
+    between two steps, by all ranks, behind a checkpoint; else outside of training, where there is nothing to save."""
 
     def __init__(self, *, preempted: bool, voted: bool) -> None:
         super().__init__()
@@ -135,36 +145,40 @@ class Stopped(Exception):
 
 @dataclass
 class StopRequest:
-    """Somebody wants the run to stop between two steps: ASKED (Ctrl-C) or PREEMPTED (SIGTERM, SIGUSR1), as it counts in
-    the vote of all ranks. Before training the process stops at once; a second signal ends it in any case."""
+    """Somebody wants the run to stop. In training all ranks vote on it between two steps; outside of it the process
+    stops where it is."""
 
-    requested: int = 0
-    training: bool = False
+    requested: int = 0  # ASKED (Ctrl-C) or ASKED_BY_MACHINE (SIGTERM, SIGUSR1)
+    voting: bool = False
 
-    def listen(self) -> None:
-        """Take the signals over; to be called again behind Lightning, which answers SIGTERM by a collective."""
-        for number in (signal.SIGINT, *PREEMPTS):
-            signal.signal(number, self._on_signal)
-
-    def _on_signal(self, number: int, _: object) -> None:
-        if not self.training:
-            if number == signal.SIGINT:
-                raise KeyboardInterrupt
-            raise Stopped(preempted=True, voted=False)
+    def on_signal(self, number: int, _: object) -> None:
+        """A second Ctrl-C ends the process at once. What the machine sends comes twice where both a launcher and its
+        processes get it: only its kill, which will follow, is the end."""
+        machine = number in PREEMPTS
+        if not self.voting:
+            if machine:
+                raise Stopped(preempted=True, voted=False)
+            raise KeyboardInterrupt
+        self.requested = max(self.requested, ASKED_BY_MACHINE if machine else ASKED)
+        if not machine:
+            signal.signal(number, signal.SIG_DFL)
         if is_first():
-            print("\nstopping at the end of a step (again: at once, back to the last checkpoint)", flush=True)
-        self.requested = max(self.requested, PREEMPTED if number in PREEMPTS else ASKED)
-        signal.signal(number, signal.SIG_DFL)
+            with contextlib.suppress(RuntimeError):  # it came in the middle of another print
+                again = "" if machine else " (again: at once, back to the last checkpoint)"
+                print(f"\nstopping at the end of a step{again}", flush=True)
 
 
 @contextlib.contextmanager
-def stoppable(stop: StopRequest) -> Iterator[None]:
+def stoppable(stop: StopRequest, *, voting: bool = False) -> Iterator[None]:
     """Signals are `stop`'s for as long as this lasts."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *PREEMPTS)}
-    stop.listen()
+    before, voted = {number: signal.getsignal(number) for number in STOPS}, stop.voting
+    stop.voting = voting
+    for number in STOPS:
+        signal.signal(number, stop.on_signal)
     try:
         yield
     finally:
+        stop.voting = voted
         for number, handler in before.items():
             signal.signal(number, handler)
 
@@ -176,9 +190,8 @@ class Elsewhere(Exception):
     """Another process has failed, and this one ends for it; rank 0 has said why."""
 
 
-@dataclass(frozen=True)
-class Waiting:
-    """What the training thread waits for, since when (monotonic seconds), and what holds it up."""
+class Waiting(NamedTuple):
+    """What the training thread waits for, since when (monotonic seconds), and which record holds it up."""
 
     what: str
     since: float
@@ -190,17 +203,17 @@ class World:
 
     def __init__(self, rank: int = 0, size: int = 1, store: TCPStore | None = None) -> None:
         self.rank, self.size = rank, size
+        self.hosts = [socket.gethostname()] * size
         self.store = _prefixed(store) if store else None
-        self._turn: Counter[str] = Counter()
-        self.failed = ""  # the first error of any process, as rank 0 says it
-        self.mine = False  # is it this one's?
         self.stop = StopRequest()
-        self.waits: Callable[[], Waiting | None] = lambda: None
         self.stall_s = 60.0
+        self.waits: Callable[[], Waiting | None] = lambda: None
         self.tell: Callable[[dict[str, Any]], None] = lambda event: None  # to events.jsonl
+        self.failed, self.guilty = "", -1  # the first error of any process, as rank 0 says it, and whose it is
+        self._turn: Counter[str] = Counter()
         self._over = threading.Event()
         self._parent = os.getppid()
-        self._heard: dict[int, tuple[bytes, float]] = {}
+        self._heard: dict[int, tuple[bytes, int]] = {}  # rank -> its last beat, and looks since it was new
         self._stalls: dict[int, float] = {}  # rank -> when its stall was last said
         self._own = _prefixed(store.clone()) if store else None  # of the watch: a call on the other one may wait
         self._watch = threading.Thread(target=self._look_after, name="watch", daemon=True)
@@ -212,8 +225,16 @@ class World:
 
     # -- agreeing
 
-    def gather(self, what: str, mine: str) -> list[str]:
-        """What every rank brings to this place, by rank. Raises UserError, which names whom it waited for."""
+    def begin(self) -> None:
+        """Watch, and wait for the others. Raises UserError."""
+        if self.store is not None:
+            self._beat(self.store, 0, "")  # so that one that dies at once is missed
+        self._watch.start()
+        self.hosts = self.gather("the start", socket.gethostname())
+
+    def gather(self, what: str, mine: str = "") -> list[str]:
+        """What every rank brings to this place, by rank; nobody goes on before all are here. Raises UserError, which
+        names whom it waited for."""
         if self.store is None:
             return [mine]
         self._turn[what] += 1
@@ -221,10 +242,6 @@ class World:
         self.store.set(keys[self.rank], mine)
         self._await(what, keys, JOIN_S)
         return [value.decode() for value in self.store.multi_get(keys)]
-
-    def meet(self, what: str) -> None:
-        """Go on when all have come here."""
-        self.gather(what, "")
 
     def of_first(self, what: str, make: Callable[[], T]) -> T:
         """What `make` gives on rank 0 (as JSON), to all; it may take hours, as long as rank 0 lives."""
@@ -241,9 +258,8 @@ class World:
 
     def alike(self, words: Mapping[str, str]) -> None:
         """Do all ranks see the same? `words`: what -> its fingerprint. Raises UserError, which names the ranks."""
-        seen = self.gather("comparison", json.dumps([socket.gethostname(), dict(words)]))
-        hosts, found = zip(*map(json.loads, seen), strict=True)
-        if told := differing(hosts, found):
+        found = [json.loads(seen) for seen in self.gather("comparison", json.dumps(dict(words)))]
+        if told := differing(self.hosts, found):
             raise UserError("the processes differ: " + "; ".join(told))
 
     def _await(self, what: str, keys: Sequence[str], most_s: float) -> None:
@@ -271,32 +287,39 @@ class World:
         if self.failed:
             return
         if self.store is None:
-            self.failed, self.mine = text, True
+            self.failed, self.guilty = text, self.rank
             self.tell({"event": "failed", "rank": self.rank, "error": text})
             return
-        until = time.monotonic() + (SILENT_S + 3 * TURN_S if of_a_collective else 0)
-        while not self.failed and time.monotonic() < until and not self.stop.requested:
-            time.sleep(0.1)
         with contextlib.suppress(DistError):
-            mine = _told(self.rank, text)
-            self.mine = self.store.compare_set(FAILED, "", mine).decode() == mine
-            until = time.monotonic() + GRACE_S / 2
-            while time.monotonic() < until and not self.store.check(["said"]):
-                time.sleep(0.05)
+            if of_a_collective:
+                self.store.set(BROKEN, "")
+                self._until(lambda: bool(self.failed), 2 * BROKEN_TURNS * TURN_S)
+            self.guilty = json.loads(self.store.compare_set(FAILED, "", _told(self.rank, text)))["rank"]
+            store = self.store
+            self._until(lambda: store.check([SAID]), 5 * TURN_S)
 
     def leave(self, status: int) -> None:
         """The end of this process. One that failed ends here and now: nothing is to hang in what others broke."""
-        if self.store is not None:
+        if (store := self.store) is not None:
+            others = [f"left/{rank}" for rank in range(1, self.size) if rank != self.guilty]
             with contextlib.suppress(DistError):
-                self.store.set(f"left/{self.rank}", str(status))
-                # rank 0 may keep the store, and says what the others have to say
-                until = time.monotonic() + (GRACE_S / 2 if status else JOIN_S)
-                others = [f"left/{rank}" for rank in range(1, self.size)]
-                while self.first and not self.store.check(others) and time.monotonic() < until and not self.failed:
-                    time.sleep(0.05)
-            if status or self.failed:
-                _exit(status or 1)
+                store.set(f"left/{self.rank}", "")
+                if self.first:  # it may keep the store, and says what the others have to say
+                    self._until(
+                        lambda: store.check(others) or bool(self.failed and not status),
+                        GRACE_S / 2 if status else JOIN_S,
+                    )  # fmt: skip
         self._over.set()
+        if self._watch.is_alive():  # within the store when the interpreter ends, it would abort the process
+            self._watch.join(5 * TURN_S)
+        if store is not None and (status or self.failed or self._watch.is_alive()):
+            _exit(status or int(bool(self.failed)))
+
+    @staticmethod
+    def _until(done: Callable[[], bool], most_s: float) -> None:
+        until = time.monotonic() + most_s
+        while not done() and time.monotonic() < until:
+            time.sleep(0.05)
 
     # -- the watch, in a thread of its own
 
@@ -304,43 +327,49 @@ class World:
         number = 0
         while not self._over.wait(TURN_S):
             number += 1
-            stall = self._stall()
-            if self._own is None:
-                self._say_stall(0, stall)
-                continue
             try:
-                why = self._look(number, stall)
+                stall = self._stall()
+                if self._own is None:
+                    self._say_stall(0, stall)
+                    continue
+                why = self._look(self._own, number, stall)
             except DistError:
-                why = "" if self._over.is_set() else "rank 0 or its launcher is gone"
-            if why:
-                self._end(why)
+                why = (0, f"{LOST}: neither it nor its launcher answers")
+            except Exception as error:  # a watch that ends without a word would end the run half a minute later
+                why = (self.rank, f"its watch failed: {last_line(error)}")
+            if why and not self._over.is_set():
+                self._end(*why)
 
-    def _look(self, number: int, stall: str) -> str:
-        """One look; returns why this process must end, if so."""
-        assert self._own is not None
-        self._own.set(f"beat/{self.rank}", json.dumps([number, stall]))
+    def _look(self, store: Store, number: int, stall: str) -> tuple[int, str] | None:
+        """One look; returns the rank that failed, and how, if one did."""
+        self._beat(store, number, stall)
         if os.getppid() != self._parent:
-            return "the launcher of this process is gone"
+            return self.rank, f"{LOST}: its launcher is gone"
+        most = BROKEN_TURNS if store.check([BROKEN]) else SILENT_TURNS
         for rank in range(1, self.size) if self.first else [0]:
-            if text := self._silent(rank):
-                self._own.compare_set(FAILED, "", _told(rank, text))
-        if not self._own.check([FAILED]):
-            return ""
-        told = json.loads(self._own.get(FAILED))
-        return f"rank {told['rank']} ({told['host']}): {told['text']}"
+            if (looks := self._silent(store, rank)) > most:
+                text = f"{LOST}: silent for {looks * TURN_S:.0f} s, so it was killed, or its machine is gone"
+                store.compare_set(FAILED, "", _told(rank, text))
+        if not store.check([FAILED]):
+            return None
+        told = json.loads(store.get(FAILED))
+        return told["rank"], told["text"]
 
-    def _silent(self, rank: int) -> str:
-        """Why a rank counts as dead; empty where it does not."""
-        assert self._own is not None
-        key, now = f"beat/{rank}", time.monotonic()
-        if not self._own.check([key]) or self._own.check([f"left/{rank}"]):
-            return ""
-        beat = self._own.get(key)
-        if beat != self._heard.get(rank, (b"", 0.0))[0]:
-            self._heard[rank] = (beat, now)
+    def _beat(self, store: Store, number: int, stall: str) -> None:
+        store.set(f"beat/{self.rank}", json.dumps([number, stall]))
+
+    def _silent(self, store: Store, rank: int) -> int:
+        """Looks since a rank's last beat. Looks and not seconds: a machine that stood still took all processes along.
+        0 before the first beat and where it has left."""
+        key = f"beat/{rank}"
+        if not store.check([key]) or store.check([f"left/{rank}"]):
+            return 0
+        beat = store.get(key)
+        last, looks = self._heard.get(rank, (b"", 0))
+        self._heard[rank] = (beat, looks + 1 if beat == last else 0)
+        if beat != last:
             self._say_stall(rank, json.loads(beat)[1])
-        silent = now - self._heard[rank][1]
-        return f"silent for {silent:.0f} s: killed, or its machine is lost" if silent > SILENT_S else ""
+        return self._heard[rank][1]
 
     def _stall(self) -> str:
         """What the training thread has waited for too long; empty where it has not."""
@@ -351,31 +380,31 @@ class World:
         return f"rank {self.rank} has waited {waited:.0f} s for {waiting.what}: {waiting.where()}"
 
     def _say_stall(self, rank: int, text: str) -> None:
-        if not self.first:
-            return
         now = time.monotonic()
-        if text and now - self._stalls.get(rank, -1e9) >= self.stall_s:
+        if self.first and text and now - self._stalls.get(rank, -1e9) >= self.stall_s:
             self._stalls[rank] = now
             print(f"\nSTALL: {text}", file=sys.stderr, flush=True)
             self.tell({"event": "stall", "rank": rank, "at": text})
 
-    def _end(self, why: str) -> None:
+    def _end(self, rank: int, text: str) -> None:
+        """The run has failed: rank 0 says so, and this process has a while to end by itself."""
         if not self.failed:
-            self.failed = why
+            self.failed, self.guilty = f"rank {rank} ({self.hosts[rank]}): {text}", rank
+            if self.first or (self.rank == 1 and rank == 0 and text.startswith(LOST)):
+                print(f"\nerror: {self.failed}", file=sys.stderr, flush=True)
             if self.first:
-                print(f"\nerror: {why}", file=sys.stderr, flush=True)
-                rank = int(why.split()[1]) if why.startswith("rank ") else 0
-                self.tell({"event": "failed", "rank": rank, "error": why})
+                self.tell({"event": "failed", "rank": rank, "error": self.failed})
                 with contextlib.suppress(DistError):
-                    self._own.set("said", "1")  # type: ignore[union-attr]
+                    self._own.set(SAID, "")  # type: ignore[union-attr]
         if not self._over.wait(GRACE_S):
             _exit(1)
 
 
 def _exit(status: int) -> None:
     """At once, whatever other threads hang in; files are written so that this may happen at any time."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(OSError, ValueError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(status)
 
 
@@ -399,8 +428,6 @@ def join(stop: StopRequest) -> World:
             ) from None
         world = World(at.rank, at.size, store)
     world.stop = stop
-    world._watch.start()
-    world.meet("the start")
     return world
 
 
@@ -408,7 +435,7 @@ def join(stop: StopRequest) -> World:
 
 
 def code_fingerprint() -> str:
-    """Hash of the library's own source files."""
+    """Hash of the library's own source files, and torch's version."""
     root, digest = Path(__file__).parent.parent, hashlib.sha256(torch.__version__.encode())
     for path in sorted(root.rglob("*.py")):
         digest.update(str(path.relative_to(root)).encode() + path.read_bytes())

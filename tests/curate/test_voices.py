@@ -55,7 +55,7 @@ def test_known_voices_are_test_clips_only_with_and_without_the_telephone():
 
 def test_no_mix_that_trains_holds_a_test_voice():
     for path in sorted((CARDS.parent).glob("*/*.yaml")):
-        if path.parent != CARDS and path.stem != "voices":
+        if path.parent.name in ("mini", "generated", "report") and path.stem != "voices":
             assert "voices_" not in path.read_text(), path
     for path in sorted(CARDS.glob("voices_*.yaml")):
         assert read_card(path).held_out.share == 1.0

@@ -138,6 +138,8 @@ def test_a_run_becomes_a_table(whole, capsys):
     assert "- gone: no " in table
     # untrained answers do not end by themselves: all are cut, and the table says so
     rows = read_rows(whole / ANSWERS)
+    assert max(r.new_tokens for r in rows if r.task == "files") == told["tasks"]["files"]["limit"] == 5
+    assert max(r.new_tokens for r in rows if r.task != "files") == told["tasks"]["words"]["limit"] == 6
     assert told["tasks"]["words"]["truncated"] == sum(r.finish_reason == "length" for r in rows if r.task == "words")
 
 
@@ -239,7 +241,7 @@ ANSWER = generate_room.answer
 
 
 def test_ranks_share_the_questions_and_end_with_the_same_file(listener, tmp_path):
-    everything = many()
+    everything = many(53)  # so that the first of three ranks answers the last batch too
     generate(lambda: listener, everything, tmp_path / "one")
     ends = [generate(lambda: listener, everything, tmp_path / "three", rank, 3) for rank in (2, 0, 1)]
     assert ends == [False, False, True]
@@ -247,7 +249,7 @@ def test_ranks_share_the_questions_and_end_with_the_same_file(listener, tmp_path
     # one rank of three is killed, and two go on
     for rank in (0, 2):
         generate(lambda: listener, everything, tmp_path / "two", rank, 3)
-    assert len(answered(tmp_path / "two")) == 21
+    assert len(answered(tmp_path / "two")) == 37
     assert [generate(lambda: listener, everything, tmp_path / "two", rank, 2) for rank in (0, 1)] == [False, True]
     assert lines_of(tmp_path / "two") == lines_of(tmp_path / "one")
 
@@ -647,6 +649,8 @@ def test_a_judge_is_asked_in_both_orders_and_named(endpoint, tmp_path, monkeypat
     # (6 + 8) / 2 and (2 + 4) / 2 of 10, an empty one 0; the unread one is left out and counted
     assert scored.numbers["judged"].value == pytest.approx((7 + 3 + 0) / 30)
     assert scored.numbers["beside_reference"].value == pytest.approx((7 + 3 + 0) / (7 + 7 + 10))
+    one_row = Judge(endpoint, "some-judge", tmp_path / "judged.jsonl")(rows[1:2])
+    assert one_row.numbers["judged"].value == pytest.approx(3 / 10)  # not the reference's
     assert scored.numbers["first_wins"].value == pytest.approx(3 / 4)
     assert scored.counts == {"unjudged": 1}
     assert len(Endpoint.asked) == 6  # nobody is asked about nothing

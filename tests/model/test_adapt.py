@@ -7,7 +7,7 @@ import torch
 
 from midasheng.config import Optim, UserError
 from midasheng.model import adapt
-from midasheng.model.adapt import LoraPlan, base_state
+from midasheng.model.adapt import ADDED, EMBEDDING, HEAD, LoraPlan, base_state
 from midasheng.model.audio_lm import AudioLM
 from midasheng.model.generate import generate
 from midasheng.train.optim import groups
@@ -330,3 +330,50 @@ def test_the_front_end_stays_in_fp32_under_autocast():
     normal = encoder.init_bn(encoder.log_mel(clip))
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(encoder.init_bn(encoder.log_mel(clip)), normal)
+
+
+# -- rows of added tokens ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("ids", [range(0, 2), range(20, 40), range(61, 64)])
+def test_rows_that_learn_act_as_rows_of_the_table_and_no_other_learns(tied, ids):
+    """Losses, logits and gradients against a model whose whole tables learn and hold these rows; targets among them."""
+    lm = tiny_lm(LLAMA, tie_word_embeddings=tied)
+    adapt.freeze_all_but(lm, TRAIN)
+    lm.decoder.learn_rows(ids)
+    with torch.no_grad():
+        for rows in lm.decoder.added.values():
+            rows += torch.randn(rows.shape, generator=torch.Generator().manual_seed(3))
+    adapt.learns(lm, TRAIN, {}, 8)
+    other = tiny_lm(LLAMA, seed=4, tie_word_embeddings=tied)
+    other.load_state_dict(base_state(lm), strict=not tied)
+    row = packed(*(conversation(n, 5_000, answer=9) for n in range(4)), tail=3)
+    assert {*row.ids_T.tolist()} & {*ids}
+    torch.testing.assert_close(logits(lm, row), logits(other, row))
+    torch.testing.assert_close(lm(row), other(row))
+    got, wanted = gradients(lm, [row]), gradients(other, [row])
+    for name, table in (("embedding", EMBEDDING), ("head", HEAD)):
+        if not (tied and name == "head"):
+            torch.testing.assert_close(got[f"{ADDED}{name}"], wanted[table][ids.start : ids.stop])
+            assert got[table] is None
+
+
+def test_a_count_of_rows_that_is_not_the_tables_is_an_error():
+    lm = tiny_lm(LLAMA)
+    adapt.freeze_all_but(lm, ["audio_projector.*"])
+    lm.decoder.learn_rows(range(60, 63))
+    table = adapt.learns(lm, ["audio_projector.*"], {}, 8)
+    assert table.lines[-1].parameters == table.lines[-1].expected == 2 * 3 * 48
+    assert table.trained + table.frozen == count(tiny_lm(LLAMA))
+    lm.decoder.added.pop("head")
+    with pytest.raises(AssertionError, match="rows of 3 added tokens: 144 parameters learn, the architecture says 288"):
+        adapt.learns(lm, ["audio_projector.*"], {}, 8)
+
+
+def test_frozen_beside_added_rows_the_decoder_is_not_computed_twice():
+    lm = tiny_lm(LLAMA)
+    adapt.freeze_all_but(lm, ["audio_projector.*"])
+    lm.decoder.learn_rows(range(60, 63))
+    with pytest.raises(UserError, match="decoder is frozen"):
+        lm.recompute(["decoder"])

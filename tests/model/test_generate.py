@@ -125,7 +125,7 @@ def test_half_precision_ranks_as_the_training_forward_does(architecture, lora):
         assert (ours - wanted).abs().max() < 0.04 * wanted.abs().max()
         assert torch.equal(ours.argmax(1)[sure], wanted.argmax(1)[sure])
         clear += int(sure.sum())
-    assert clear > 30
+    assert clear > 20
 
 
 def best_of(lm: AudioLM, sample: Sample, limit: int) -> tuple[int, ...]:

@@ -40,6 +40,27 @@ def test_value_and_gradients_are_those_of_plain_cross_entropy(monkeypatch, rows,
         torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
 
 
+@pytest.mark.parametrize("rows", [1, 5, 37, 100])
+@pytest.mark.parametrize("by_hidden", [True, False])
+def test_rows_of_a_frozen_head_learn_alone(monkeypatch, rows, by_hidden):
+    """Against plain cross-entropy on the head with these rows put into it."""
+    monkeypatch.setattr(loss, "CHUNK", rows * 50)
+    hidden, weight, labels = made()
+    labels[:5] = torch.arange(46, 51) - 1  # some targets are added tokens
+    hidden.requires_grad_(by_hidden)
+    weight.requires_grad_(False)
+    own = torch.randn(3, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    lean = target_loss(hidden, weight, labels, None, own, slice(46, 49))
+    wanted = plain(hidden, torch.cat([weight[:46], own, weight[49:]]), labels)
+    torch.testing.assert_close(lean, wanted, rtol=1e-12, atol=1e-12)
+    of = [hidden, own] if by_hidden else [own]
+    each = torch.linspace(-1, 2, len(lean), dtype=torch.float64)
+    for got, expected in zip(
+        torch.autograd.grad((lean * each).sum(), of), torch.autograd.grad((wanted * each).sum(), of), strict=True
+    ):
+        torch.testing.assert_close(got, expected, rtol=1e-11, atol=1e-12)
+
+
 def test_large_logits_do_not_overflow():
     hidden, weight, labels = made(dtype=torch.float32)
     lean = target_loss(hidden * 1e3, weight, labels)

@@ -374,7 +374,7 @@ def test_a_release_goes_in_learns_goes_out_and_comes_back(dtype, shards, tmp_pat
     scale = trained.abs().max()
     assert (trained - untrained).abs().max() > 1e-2 * scale
     weights.hand_off(
-        lm, tmp_path / "run" / "weights", {"stage": "finetune"}, plan, start_digests=start, audio_ids={"audio_token_id": 1},
+        lm, tmp_path / "run" / "weights", {"stage": "finetune"}, plan, start_digests=start, token_ids={"audio_token_id": 1},
         save_tokenizer=lambda folder: None,
     )  # fmt: skip
     again = empty_lm()

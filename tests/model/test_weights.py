@@ -411,7 +411,7 @@ def hand_off(
 ) -> Path:  # fmt: skip
     """weights/ of a stage that started from `start` (another model unless said)."""
     weights.hand_off(
-        lm, folder, {"stage": "stage1_align"}, plan, audio_ids={"audio_token_id": 1, "audio_bos_token_id": 2, "audio_eos_token_id": 3},
+        lm, folder, {"stage": "stage1_align"}, plan, token_ids={"audio_token_id": 1, "audio_bos_token_id": 2, "audio_eos_token_id": 3},
         save_tokenizer=save_tokenizer,
         start_digests=sources.part_digests(base_state(start or tiny_lm(seed=77))),
     )  # fmt: skip

@@ -58,6 +58,7 @@ def watched(path: Path, backwards: bool = False, dies: int = -1) -> Iterator[Non
 def main() -> None:
     torch.set_num_threads(1)
     ranks = join(StopRequest())
+    ranks.begin()
     for job in json.loads(Path(sys.argv[1]).read_text()):
         order = order_for(
             job["stage"], Tiny(Path(job["root"])), Path(job["runs"]), name=job["name"],

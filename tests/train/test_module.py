@@ -2,10 +2,12 @@
 
 from collections import Counter
 
+import pytest
 import torch
 from torch.overrides import TorchFunctionMode
 
 from midasheng.train.module import StageModule
+from midasheng.train.world import is_first
 from tests.conftest import run_stage
 
 WAITS = {
@@ -73,3 +75,19 @@ def test_what_would_wait_is_counted():
         torch.ones(1).to("cpu")
         torch.ones(1).cpu().tolist()
     assert waits.seen == {"__float__": 1, "nonzero": 1, "to": 1, "cpu": 1, "tolist": 1}
+
+
+@pytest.mark.parametrize(
+    ("ranks", "writes"),
+    [
+        ({}, True), ({"RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0"}, True), ({"RANK": "1"}, False),
+        ({"RANK": "8", "LOCAL_RANK": "0", "GROUP_RANK": "1"}, False),
+    ],
+)  # fmt: skip
+def test_one_process_of_all_nodes_writes(ranks, writes, monkeypatch):
+    """The first of another node has LOCAL_RANK 0, too."""
+    for name in ("RANK", "LOCAL_RANK", "GROUP_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in ranks.items():
+        monkeypatch.setenv(name, value)
+    assert is_first() is writes
