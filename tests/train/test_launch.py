@@ -16,7 +16,7 @@ from midasheng.config import UserError
 from midasheng.data import loader as loader_room
 from midasheng.data import storage
 from midasheng.data.storage import ServerLost
-from midasheng.train import checkpoint
+from midasheng.train import checkpoint, fit
 from midasheng.train.module import StageModule
 from tests.conftest import Tiny, ledger_rows, run_stage
 from tests.data.server import Server
@@ -108,6 +108,7 @@ def runs(tiny, tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_a_loader_that_stands_still_is_named_killed_it_ends_all_and_two_nodes_go_on_as_one(runs, tiny):
     """On one machine first: rank 1's loader process stops dead; rank 0's log names it with its record, long before any
     collective would time out. It is killed: a clear error, all processes gone, the checkpoint whole. Then the same
@@ -237,7 +238,27 @@ def test_a_preempted_job_is_queued_again_and_goes_on_by_itself_on_the_nodes_it_g
     same_run(runs / "one/mini/stage2_pretrain", run)
 
 
-# -- bad days of one process -------------------------------------------------------------------------------------------
+# -- one process -------------------------------------------------------------------------------------------
+
+
+def test_sigterm_in_a_step_saves_and_asks_to_be_started_again(tiny, tmp_path, monkeypatch):
+    """Of the machine, so twice does not end it; and it never reaches Lightning's handler, which sends a broadcast
+    whatever the other ranks are in."""
+    step = StageModule.training_step
+
+    def preempted(self, batch, batch_idx):
+        if batch.step == 1:
+            assert signal.getsignal(signal.SIGTERM) == self.stop.on_signal
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
+        step(self, batch, batch_idx)
+
+    monkeypatch.setattr(StageModule, "training_step", preempted)
+    args = ["--runs", str(tmp_path), *tiny.settings(log__checkpoint_every=100)]
+    assert fit.run_stage("configs/stage1_align.yaml", lambda stage: None, args) == 75
+    run = tmp_path / "mini/stage1_align"
+    assert checkpoint.read(run / "checkpoints" / checkpoint.LAST)["step"] == 2
+    assert all_events(run)[-1]["event"] == "stop"
 
 
 def test_out_of_memory_in_a_step_is_said_and_the_same_command_goes_on(tiny, tmp_path, monkeypatch):

@@ -11,10 +11,12 @@ from pathlib import Path
 import pytest
 from torch.distributed import TCPStore
 
-from midasheng.config import ConfigError, UserError
+from midasheng.config import ConfigError, UserError, schema
 from midasheng.train import world
+from midasheng.train.fit import words
 from midasheng.train.order import command_line
-from midasheng.train.world import LAUNCH, World, differing, launched
+from midasheng.train.world import LAUNCH, World, code_fingerprint, differing, launched
+from tests.conftest import order_for
 
 ROOT = Path(__file__).parent.parent.parent
 PROCESS = """
@@ -69,15 +71,20 @@ HANGS = """
 """
 
 
-def several(folder: Path, body: str, processes: int = 2, still: Sequence[int] = ()) -> tuple[list[int], list[str]]:
-    """Exit statuses and standard errors of processes whose store this one keeps. `still`: those that stand still, and
-    are killed once the others have ended."""
+def several(
+    folder: Path, body: str, processes: int = 2, still: Sequence[int] = (), *, agent: bool = True
+) -> tuple[list[int], list[str]]:
+    """Exit statuses and standard errors of processes. `agent`: this one keeps their store, as torchrun does; else rank 0
+    has to. `still`: those that stand still, and are killed once the others have ended."""
     script = folder / "process.py"
     script.write_text(PROCESS.format(body=body))
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = store.port
+    if not agent:
+        del store  # and its port is free
     env = os.environ | {
         "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True", "PYTHONPATH": str(ROOT),
+        "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": str(agent), "PYTHONPATH": str(ROOT),
         "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1",
     }  # fmt: skip
     done = subprocess.run(
@@ -108,6 +115,17 @@ def test_rank_0_that_is_stopped_dead_does_not_hang_the_others(tmp_path):
     codes, told = several(tmp_path, HANGS.format(rank=0, does="os.kill(os.getpid(), signal.SIGSTOP)"), still=(0,))
     assert codes == [-signal.SIGKILL, 1]
     assert "error: rank 0 (" in told[1]  # rank 0 cannot say it
+
+
+def test_processes_that_end_well_end_with_0(tmp_path):
+    """Rank 0 keeps the store, as in a Slurm job, and no watch is left within it when an interpreter ends."""
+    restless = """
+    world.TURN_S, world.SILENT_TURNS = 0.0, 10**9
+    ranks.gather("here")
+    time.sleep(0.5)
+"""
+    codes, told = several(tmp_path, restless.strip(), 4, agent=False)
+    assert (codes, told) == ([0] * 4, [""] * 4)
 
 
 AGREES = """
@@ -150,6 +168,36 @@ def test_who_differs_from_most_is_named():
     tied = [{"x": "1"}, {"x": "1"}, {"x": "2"}, {"x": "2"}]
     assert differing(hosts, tied) == ["rank 2, 3 (b) has another x than most: 2, not 1"]  # as many: rank 0 is right
     assert differing(hosts[:2], [{}, {"x": "1"}]) == ["rank 1 (a) has another x than most: 1, not none"]
+
+
+def test_every_setting_is_compared(tiny, tmp_path):
+    """Also those that a resume may change: ranks that validate in different steps wait for each other for ever."""
+    order = order_for("stage1_align", tiny, tmp_path)
+    mine, other = (
+        words(o, {"plan": 1, "parents": []}, "new", frozenset())
+        for o in (order, order_for("stage1_align", tiny, tmp_path, log__val_every=77))
+    )
+    assert set(schema()) < mine.keys()
+    assert differing(["a", "b"], [mine, other]) == ["rank 1 (b) has another log.val_every than most: 77, not 2"]
+    for changed in (
+        words(order, {"plan": 2, "parents": []}, "new", frozenset()),
+        words(order, {"plan": 1, "parents": [{}]}, "new", frozenset()),
+        words(order, {"plan": 1, "parents": []}, "unfinished", frozenset()),
+        words(order, {"plan": 1, "parents": []}, "new", frozenset({(0, 0)})),
+    ):
+        assert len(differing(["a", "b"], [mine, changed])) == 1
+
+
+def test_the_code_is_compared(monkeypatch, tmp_path):
+    """Byte for byte, and torch's version."""
+    (tmp_path / "train").mkdir()
+    monkeypatch.setattr(world, "__file__", str(tmp_path / "train/world.py"))
+    (tmp_path / "a.py").write_text("1")
+    seen = [code_fingerprint()]
+    (tmp_path / "a.py").write_text("2")
+    seen.append(code_fingerprint())
+    monkeypatch.setattr(world.torch, "__version__", "0")
+    assert len({*seen, code_fingerprint()}) == 3
 
 
 def test_the_launcher_decides_how_many_there_are(tiny, tmp_path, monkeypatch):
