@@ -54,7 +54,7 @@ ASKED   = $(if $(TASK),--task "$(TASK)") $(if $(PROMPT),--prompt "$(PROMPT)") $(
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data prepare check-data preflight index finetune stage1 stage2 stage3 submit stages curves report watch peek audit bisect chat probe evaluate export forecast keys bench test test-browser lint
+.PHONY: help setup data prepare check-data preflight index finetune stage1 stage2 stage3 submit stages curves report watch peek audit bisect chat probe evaluate export forecast keys bench bench-infer test test-browser lint
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -175,6 +175,10 @@ bench: setup  ## ratios of one run: reading and preparing real audio against bar
 	@$(PY) -m benchmarks.prepare
 	@HF_HUB_OFFLINE=1 KINETO_LOG_LEVEL=99 $(PY) -m benchmarks.compute
 	@[ ! -d runs/mini/stage1_align ] || HF_HUB_OFFLINE=1 $(PY) -m benchmarks.loop
+
+bench-infer: setup  ## answers a second, time to the first token, memory, GMACs, beside 25 Hz; random weights, or NAME's
+	@HF_HUB_OFFLINE=1 $(PY) -W ignore -m benchmarks.infer --scale "$(SCALE)" --runs "$(RUNS)" \
+	  $(if $(NAME),--name "$(NAME)") $(SET)
 
 test: setup  ## the tests, with the three stages in short on recordings (slow ones: pytest -m slow, as .ci/run)
 	@$(PY) -m stages.data --out data/generated --generated

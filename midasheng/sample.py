@@ -24,6 +24,7 @@ from torch import Tensor
 from midasheng import frames
 
 NO_TARGET = -100  # label of a slot without loss
+NOT_TOLD = "-"  # language of a sample of which neither record nor card tells one
 
 
 def unit_hash(text: str) -> float:
@@ -72,6 +73,7 @@ class Sample:
     is_audio: np.ndarray
     clips: tuple[np.ndarray, ...]
     common: int = 0
+    language: str = NOT_TOLD
 
 
 @dataclass(frozen=True)
@@ -81,8 +83,8 @@ class Pack:
     ids_T int64; labels_T int64 (already shifted; NO_TARGET where nothing counts); position_T int64, restarting in each
     segment; is_audio_T bool; audio_L float32, the clips end to end, zeros behind them. `segments` and `clips` are
     lengths (host integers), in slots and in samples; `chunks` are those of the encoder's windows, in frames, the last
-    of them dummies where frames are left. `keys`, `corpora`, `tasks` and `targets` (labels that are really there) are
-    of the samples, whose segments are the first ones.
+    of them dummies where frames are left. `keys`, `corpora`, `tasks`, `languages` and `targets` (labels that are really
+    there) are of the samples, whose segments are the first ones.
 
     What samples have in common may stand once, behind them and before the dummy: `shared` segments without targets.
     `parents`: of each segment the number of the one that it continues, or -1; its positions count on from there, and
@@ -113,6 +115,7 @@ class Pack:
     keys: tuple[str, ...]
     corpora: tuple[str, ...]
     tasks: tuple[str, ...]
+    languages: tuple[str, ...]
     targets: tuple[int, ...]
 
     @property
@@ -256,5 +259,6 @@ def pack(
         keys=tuple(s.key for s in samples),
         corpora=tuple(s.corpus for s in samples),
         tasks=tuple(s.task for s in samples),
+        languages=tuple(s.language for s in samples),
         targets=tuple(np.diff(np.searchsorted(target_N, np.cumsum([0, *lengths[: len(samples)]]))).tolist()),
     )

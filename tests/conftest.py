@@ -116,7 +116,7 @@ def make_tiny(root: Path, clips: int = 42) -> Tiny:
     write_shard(tiny.shards / "tiny-000000.tar", members[:half])
     write_shard(tiny.shards / "tiny-000001.tar", members[half:])
     held_out = {"by": "source", "share": 0.2, "max": 16}
-    common = {"shards": "tiny-*.tar", "licence": "none", "languages": ["en"], "held_out": held_out}
+    common = {"shards": "tiny-*.tar", "licence": "none", "languages": ["en", "sp", "fr"], "held_out": held_out}
     clip = {"context": "{language_name}, tone: {text}", "alike": "language"}
     cards = {
         "tiny_caption": {"task": "caption", "prompts": ["Write a general audio caption"], "answer": "captions", **clip},

@@ -328,7 +328,8 @@ def test_the_run_folder(tiny, stage1):
     assert "val_loss" in rows[0]
     assert [r["step"] for r in rows if "loss" in r] == [1, 2, 3, 4]
     assert [r["step"] for r in rows if "val_loss" in r] == [0, 2, 4]
-    keys = {"step", "loss", "lr", "grad_norm", "targets", "audio_s", "slots", "frames", "corpora", "skipped"}
+    keys = {"step", "loss", "lr", "grad_norm", "targets", "audio_s", "slots", "frames", "corpora", "languages"}
+    keys |= {"skipped"}
     for row in (r for r in rows if "loss" in r):
         assert set(row) == keys
         corpus = row["corpora"]["tiny_caption"]

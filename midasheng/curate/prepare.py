@@ -75,6 +75,7 @@ class Report:
     form: str = ""  # questions or answers: what records hold
     low_hash: float = 1.0  # share of sources that holds the card's held-out records
     first_source: int = 0  # records of the first of them
+    languages: list[str] = field(default_factory=list)  # that records name
 
     def text(self) -> str:
         """The report for people."""
@@ -101,6 +102,7 @@ class _Line:
     form: str = ""
     lengths: dict[str, int] = field(default_factory=dict)
     sources: dict[str, int] = field(default_factory=dict)  # of those with a low hash -> records
+    languages: list[str] = field(default_factory=list)  # that its records name
     dropped: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -268,6 +270,9 @@ class _Shards:
                 f"some records bring questions of their own, others ({item.where}) do not; prepare them apart"
             )
         line.rows, line.records, line.samples = line.rows + item.rows, line.records + 1, line.samples + n_samples
+        language = item.record.get("language")
+        if isinstance(language, str) and language not in line.languages:
+            line.languages.append(language)
         low = max(s for s in LENGTHS_S if s * SAMPLE_RATE <= n_samples)
         line.lengths[str(low)] = line.lengths.get(str(low), 0) + 1
         low_hash = unit_hash(f"held_out:{item.record['source']}")
@@ -368,6 +373,7 @@ def _report(journal: _Journal, settings: Settings) -> Report:
             report.hours[line.split] = report.hours.get(line.split, 0.0) + line.samples / SAMPLE_RATE / 3600
         report.form = report.form or line.form
         lengths.update({int(low): n for low, n in line.lengths.items()})
+        report.languages = sorted({*report.languages, *line.languages})
         if line.split == "train":
             sources.update(line.sources)
     for drop in sorted((d for line in journal.lines for d in line.dropped), key=lambda d: d["item"]):
@@ -395,7 +401,7 @@ def _held_out_share(sources: Counter[str], records: int, share: float) -> float:
 
 def _write_manifests(out: Path, settings: Settings, report: Report) -> None:
     card: dict[str, Any] = {
-        "name": settings.name, "task": settings.task, "languages": list(settings.languages),
+        "name": settings.name, "task": settings.task, "languages": list(settings.languages) or report.languages,
         "hours": round(report.hours["train"], 2), "licence": settings.licence,
         "shards": f"{settings.name}-train-*.tar",
     }  # fmt: skip

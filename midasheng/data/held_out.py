@@ -165,7 +165,7 @@ class HeldOutSet:
                 clips = [decode(place.read(), clip_of.n_samples)]
             finally:
                 self.reading = None
-        return conversation(card, record.key, turns, clips, self.chat, answered=answered)
+        return conversation(card, record.key, turns, clips, self.chat, answered=answered, language=record.language)
 
     @property
     def hears(self) -> bool:

@@ -27,10 +27,10 @@ from midasheng import frames
 from midasheng.config import UserError
 from midasheng.data.audio import Skip
 from midasheng.data.chat import agreeing
-from midasheng.data.manifest import Card, ManifestError, conversations, excluded_by
+from midasheng.data.manifest import Card, ManifestError, conversations, excluded_by, spoken
 from midasheng.data.shard import Reading, SideFile, index_shard, is_whole, parsed, side_path
 from midasheng.data.storage import Place, ShardFile, is_url, list_shards
-from midasheng.sample import Turn, unit_hash
+from midasheng.sample import NOT_TOLD, Turn, unit_hash
 
 OPEN_SIDE_FILES = 512
 TABLE = 3  # version of the tables below
@@ -64,6 +64,7 @@ class Record(NamedTuple):
     variants: tuple[Variant, ...]
     alike: str = ""  # value of the card's field `alike`
     common: int = 0  # text slots that all variants have in common before any target; 0 where audio stands behind them
+    language: str = NOT_TOLD
 
     @property
     def frames(self) -> int:
@@ -303,7 +304,7 @@ class CorpusIndex:
         record = Record(
             key, Place(path, start + audio, audio_size) if audio_size else None, int(side["n_samples"][row]),
             tuple(map(Variant, turns, slots, targets)), str(content.get(self.card.alike, "")),
-            int(side["common"][row]),
+            int(side["common"][row]), spoken(self.card, content),
         )  # fmt: skip
         return record, data[audio : audio + audio_size]
 

@@ -29,7 +29,7 @@ from midasheng.data.manifest import Card, ManifestError
 from midasheng.data.plan import ALL, Budget, Planned, Planner
 from midasheng.data.quarantine import REASON
 from midasheng.data.storage import ServerLost, StorageError, Unreachable, read_many
-from midasheng.sample import Pack, Sample, Turn, pack
+from midasheng.sample import NOT_TOLD, Pack, Sample, Turn, pack
 
 T = TypeVar("T")
 STEPS_AHEAD = 2  # that a rank plans outside the training thread, beside those that its workers have in hand
@@ -78,12 +78,14 @@ class StepBatch:
 
 def conversation(
     card: Card, key: str, turns: Sequence[Turn], clips: Sequence[NDArray[np.float32]], chat: Chat, *,
-    answered: bool = True,
+    answered: bool = True, language: str = NOT_TOLD,
 ) -> Sample:  # fmt: skip
     """Tokenise one conversation with its decoded clips; `answered` False ends it where the last answer begins."""
     tokens = [frames.audio_tokens(len(clip)) for clip in clips]
     encoded = chat.encode(turns if answered else turns[:-1], tokens, answer_follows=not answered)
-    return Sample(card.name, key, card.task, encoded.ids, encoded.labels, encoded.is_audio, tuple(clips))
+    return Sample(
+        card.name, key, card.task, encoded.ids, encoded.labels, encoded.is_audio, tuple(clips), language=language
+    )  # fmt: skip
 
 
 def ahead(source: Iterator[T], depth: int) -> Iterator[T]:
@@ -273,7 +275,9 @@ class Loading(Dataset[StepBatch]):
             clips = (into[number * length : (number + 1) * length],) if record.audio and not continues else ()
             if clips and number:
                 clips[0][:] = into[:length]
-            samples.append(Sample(card.name, record.key, card.task, e.ids, e.labels, e.is_audio, clips, continues))
+            samples.append(Sample(
+                card.name, record.key, card.task, e.ids, e.labels, e.is_audio, clips, continues, record.language
+            ))  # fmt: skip
         return samples
 
 

@@ -15,7 +15,7 @@ import yaml
 
 from midasheng.config import HEARD, TOLD, UserError
 from midasheng.data.audio import Skip
-from midasheng.sample import Turn
+from midasheng.sample import NOT_TOLD, Turn
 
 
 class ManifestError(UserError):
@@ -45,7 +45,7 @@ class Card:
     shards: str  # relative to the data root, or a URL; {000..127} and * as webdataset and the shell read them
     licence: str
     dataset: str = ""  # what the report calls it; several cards may be one dataset, a task each
-    languages: list[str] = dataclasses.field(default_factory=list)
+    languages: list[str] = dataclasses.field(default_factory=list)  # of several, a record's JSON says in `language`
     hours: float = 0.0
     n_pairs: int = 0  # of questions and answers, where the report counts them instead of hours
     parts: dict[str, float] = dataclasses.field(default_factory=dict)  # part -> hours (0: not known), <part> in shards
@@ -70,6 +70,15 @@ class Mix:
     percent: tuple[float, ...]
     notes: tuple[str, ...] = ()  # what was done to it on reading, to be printed
     left_out: tuple[str, ...] = ()  # corpora that were asked to be
+
+
+def spoken(card: Card, content: dict[str, Any]) -> str:
+    """The language of a record: its card's only one; of several the one that its JSON says in `language`, as prompts
+    know it; NOT_TOLD where that is none of the card's."""
+    if len(card.languages) == 1:
+        return card.languages[0]
+    said = content.get("language")
+    return said if said in card.languages else NOT_TOLD
 
 
 def conversations(card: Card, content: dict[str, Any], where: str, clips: str = HEARD) -> list[tuple[Turn, ...]]:

@@ -162,7 +162,7 @@ def results(tasks: Sequence[Task], folder: Path, means: Means, absent: dict[str,
     asked = json.loads((folder / ASKED).read_text(encoding="utf-8")) if (folder / ASKED).is_file() else {}
     told: dict[str, Any] = {
         "suite": suite, "made": asked.get("made", {}) | {"batch": BATCH},
-        "interval": f"95 %, bootstrap over rows, {score.ROUNDS} rounds, seed {score.SEED}", "tasks": {}, "absent": {},
+        "interval": f"95 %, bootstrap over clips, {score.ROUNDS} rounds, seed {score.SEED}", "tasks": {}, "absent": {},
     }  # fmt: skip
     for task in tasks:
         if task.name in rows:
@@ -179,9 +179,9 @@ def results(tasks: Sequence[Task], folder: Path, means: Means, absent: dict[str,
 
 def _of_task(task: Task, rows: Sequence[Row], asked: dict[str, Any], means: Means, folder: Path) -> dict[str, Any]:
     scored, lacking = means.scored(task, rows, folder)
-    numbers = {}
+    numbers, clips = {}, [row.clip or row.id for row in rows]
     for name, number in scored.numbers.items():
-        low, high = number.interval() or (None, None)
+        low, high = number.interval(clips=clips) or (None, None)
         numbers[name] = {"value": number.value, "low": low, "high": high}
     if means.mecat and task.score.get("date"):
         numbers |= {f"date_{g}": {"value": v} for g, v in date(means.mecat, task.score["date"], rows).items()}
@@ -189,7 +189,7 @@ def _of_task(task: Task, rows: Sequence[Row], asked: dict[str, Any], means: Mean
         "dataset": task.dataset, "table": task.table, "published": task.published,
         "number": next(iter(scored.numbers), None), "paper": scored.paper or None,
         "chance": scored.chance or None, "numbers": numbers,
-        **score.counts(rows), "unparsed": scored.counts.get("unparsed"),
+        "clips": len(set(clips)), **score.counts(rows), "unparsed": scored.counts.get("unparsed"),
         "counts": {key: value for key, value in scored.counts.items() if key != "unparsed"},
         "scorer": scored.scorer, "normaliser": scored.normaliser, "lacking": lacking or None,
         "limit": task.limit, "seconds": round(sum(row.seconds for row in rows), 3),

@@ -17,7 +17,8 @@ UNREAD = "unread"  # ... and of one whose audio cannot be read
 @dataclass(frozen=True)
 class Row:
     """`output` is None where nothing was generated. `finish_reason`: stop, length (cut at the limit), missing, unread,
-    or "" where it is not known (answers of others). `seconds` from the start of its batch."""
+    or "" where it is not known (answers of others). `seconds` from the start of its batch. `clip`: what is asked about,
+    the same for all questions on one clip; "": nothing that others ask about."""
 
     id: str
     task: str
@@ -28,6 +29,7 @@ class Row:
     new_tokens: int = 0
     finish_reason: str = ""
     seconds: float = 0.0
+    clip: str = ""
 
     def __post_init__(self) -> None:
         assert self.references, f"{self.id} of {self.task} has no reference"

@@ -34,14 +34,21 @@ class Number:
         """None where no row counts."""
         return _number(self.of(self.rows_NK.sum(0, keepdims=True))[0])
 
-    def interval(self, rounds: int = ROUNDS, seed: int = SEED) -> tuple[float, float] | None:
-        """95 % of the values that as many rows, drawn with replacement, have."""
-        n = len(self.rows_NK)
+    def interval(self, rounds: int = ROUNDS, seed: int = SEED, clips: Sequence[str] = ()) -> tuple[float, float] | None:
+        """95 % of the values that as many clips, drawn with replacement, have; `clips`: that of each row, none where
+        each has its own. Rows of one clip are drawn together: five questions about it are not five clips."""
+        sums_NK = self.rows_NK
+        if clips:
+            assert len(clips) == len(self.rows_NK), f"clips of {len(clips)} rows, there are {len(self.rows_NK)}"
+            place = {clip: n for n, clip in enumerate(dict.fromkeys(clips))}
+            sums_NK = np.zeros((len(place), self.rows_NK.shape[1]))
+            np.add.at(sums_NK, [place[clip] for clip in clips], self.rows_NK)
+        n = len(sums_NK)
         if n < 2:
             return None
         rng = np.random.default_rng(seed)
         share_N = np.full(n, 1 / n)
-        draws = np.concatenate([self.of(rng.multinomial(n, share_N, 50) @ self.rows_NK) for _ in range(0, rounds, 50)])
+        draws = np.concatenate([self.of(rng.multinomial(n, share_N, 50) @ sums_NK) for _ in range(0, rounds, 50)])
         low, high = np.nanpercentile(draws, [2.5, 97.5]) if np.isfinite(draws).any() else (np.nan, np.nan)
         return None if np.isnan(low) else (float(low), float(high))
 

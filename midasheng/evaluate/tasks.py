@@ -234,10 +234,13 @@ def _of_file(task: Task, root: Path) -> list[Question]:
         references = line[task.reference] if isinstance(line[task.reference], list) else [line[task.reference]]
         choices = tuple(map(str, line[task.choices])) if task.choices else ()
         prompt = prompted(task.prompt, str(line.get(task.question, "")), choices)
-        name = str(line.get("id", "+".join(audio)))
+        heard = "+".join(audio)
+        name = str(line.get("id", heard))
         seen[name] = seen.get(name, 0) + 1  # several questions on one clip
         name += f"#{seen[name]}" if seen[name] > 1 else ""
-        row = Row(f"{task.name}/{name}", task.name, prompt, choices, tuple(map(str, references)), None, 0, MISSING)
+        row = Row(
+            f"{task.name}/{name}", task.name, prompt, choices, tuple(map(str, references)), None, 0, MISSING, clip=heard
+        )
         found.append(Question(row, tuple(path.parent / a for a in audio)))
     return _joined(task, found) if task.join else found
 
@@ -275,7 +278,10 @@ def _of_records(task: Task, held_out: HeldOutSet) -> list[Question]:
             found.append((a.record, a.variant, a.question, a.references, ()))
     return [
         Question(
-            Row(f"{task.name}/{record.key}/{variant}", task.name, prompt, choices, references, None, 0, MISSING),
+            Row(
+                f"{task.name}/{record.key}/{variant}", task.name, prompt, choices, references, None, 0, MISSING,
+                clip=record.key,
+            ),
             (record,) if record.audio else (),
         )
         for record, variant, prompt, references, choices in found

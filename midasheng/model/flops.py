@@ -63,7 +63,7 @@ class Cost:
         pairs = sum(n * sum(real[i] for i in line) for n, line in zip(real, lines, strict=True))
         return {
             "encoder": self.frame * sum(n_frames) + self.chunk_squared * squares,
-            "projector": self.token * sum(frames.audio_tokens(n) for n in pack.clips),
+            "projector": self.token * len(pack.audio_K),
             "decoder": self.slot * sum(real) + self.segment_squared * pairs,
             "head": self.target * sum(pack.targets),
         }

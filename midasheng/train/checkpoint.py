@@ -9,10 +9,11 @@ import shutil
 import threading
 import zipfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +24,7 @@ from midasheng.config import Stage, UserError
 from midasheng.model import adapt
 from midasheng.model.audio_lm import AudioLM
 from midasheng.model.sources import part_digests
-from midasheng.train import shard_files
+from midasheng.train import shard_files, sharded
 from midasheng.train.optim import state_bytes
 
 LAST, BEST = "last.ckpt", "best.ckpt"
@@ -92,9 +93,6 @@ def size_bytes(model: AudioLM, optimizer: str) -> int:
 
 def read(path: Path) -> dict[str, Any]:
     """A whole checkpoint. Raises CheckpointError for one that is damaged, or that an older version wrote."""
-    best, way = path.with_name(BEST), "FRESH=1 begins anew"
-    if best.is_file() and best != path:
-        way = f"`cp {best} {path}` goes on from the best one, or {way}"
     try:
         with zipfile.ZipFile(path) as archive:
             bad = archive.testzip()  # torch does not look at the checksums that it writes
@@ -103,13 +101,34 @@ def read(path: Path) -> dict[str, Any]:
         saved = torch.load(path, map_location="cpu", weights_only=True)
     except (zipfile.BadZipFile, zipfile.LargeZipFile, EOFError, RuntimeError, OSError) as error:
         why = " ".join(str(error).split())[:200] or type(error).__name__
-        raise CheckpointError(f"{path} is damaged ({path.stat().st_size:,} bytes: {why}); {way}") from None
+        raise CheckpointError(f"{path} is damaged ({path.stat().st_size:,} bytes: {why}); {instead(path)}") from None
     if not isinstance(saved, dict) or saved.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} was written by an older version of this code, which kept the frozen weights too: end that run "
             "with the version that began it, or train it again with FRESH=1"
         )
+    if isinstance(saved["shards"], str) and saved["shards"]:
+        raise CheckpointError(f"{path} was written by an older version, without hashes of its shards; {instead(path)}")
+    if saved["shards"]:  # before anything of the run is touched
+        shards_of(saved, path)
     return saved
+
+
+def instead(path: Path) -> str:
+    """What to do where a checkpoint cannot be read."""
+    best, way = path.with_name(BEST), "FRESH=1 begins anew"
+    return f"`cp {best} {path}` goes on from the best one, or {way}" if best.is_file() and best != path else way
+
+
+def shards_of(saved: dict[str, Any], path: Path, *, verify: bool = False) -> shard_files.Saved:
+    """The shards that the checkpoint names. `verify`: they are read once more, each by one rank, and all ranks call it.
+    Raises CheckpointError."""
+    try:
+        if verify:
+            shard_files.verify(path.parent, saved["shards"])
+        return shard_files.opened(path.parent, saved["shards"])
+    except shard_files.ShardError as error:
+        raise CheckpointError(f"{path}: {error}; {instead(path)}") from None
 
 
 def restore(model: AudioLM, saved: dict[str, Any], path: Path, *, shards: bool = True) -> None:
@@ -135,7 +154,7 @@ def restore(model: AudioLM, saved: dict[str, Any], path: Path, *, shards: bool =
         for name, tensor in theirs.items():
             ours[name].copy_(tensor)
     if shards and saved["shards"]:
-        shard_files.restore_weights(model, shard_files.opened(path.parent / saved["shards"]))
+        shard_files.restore_weights(model, shards_of(saved, path, verify=True))
 
 
 def restore_optimizer(model: AudioLM, optimizer: torch.optim.Optimizer, saved: dict[str, Any], path: Path) -> None:
@@ -223,12 +242,25 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+class Waiting(NamedTuple):
+    """A checkpoint whose shards are being written."""
+
+    content: dict[str, Any]  # on the first rank
+    names: Sequence[str]
+    written: Callable[[int], None]
+    shards: str  # their folder
+
+
 class Writer:
     """Writes checkpoints into a folder beside the steps that follow, one at a time; around a run, as a context.
 
     `beside`: files that a resume goes on with; they are brought to the disk before the checkpoint takes its place, so
     none of them is behind it. An error of the writing thread reaches the run at its next step, the next checkpoint or
     its end, as a CheckpointError; so does a disk that takes nothing more of any other file of the run.
+
+    The first rank writes. Where ranks share the model each has its shards to write, and the checkpoint that names them
+    follows when all are on the disk: what no checkpoint names is none, whoever was killed when. That they are, or that
+    one could not write, all learn between the same two steps, by `votes`, which a step sums over the ranks anyway.
     """
 
     def __init__(self, folder: Path, beside: Sequence[Path], whole: int | None) -> None:
@@ -236,6 +268,8 @@ class Writer:
         self.whole = whole  # step of last.ckpt
         self.thread: threading.Thread | None = None
         self.failed: CheckpointError | None = None
+        self.waiting: Waiting | None = None
+        self.files: dict[str, tuple[int, str]] = {}  # of the shards that this rank has written
 
     def __enter__(self) -> Writer:
         return self
@@ -251,18 +285,46 @@ class Writer:
 
     def write(self, content: dict[str, Any], names: Sequence[str], written: Callable[[int], None]) -> None:
         """Begin to write `content`, which nobody may change any more; `written` is called with its bytes when it is in
-        place, in the writer's thread."""
-        self.wait()
-        self.thread = threading.Thread(target=self._write, args=(content, names, written), name="checkpoint")
-        self.thread.start()
+        place, in the writer's thread. Only behind `wait`."""
+        self._begin(int(content["step"]), partial(self._write, content, names, written))
+
+    def write_shards(
+        self, mine: shard_files.Mine | None, content: dict[str, Any], names: Sequence[str],
+        written: Callable[[int], None],
+    ) -> None:  # fmt: skip
+        """Begin to write `mine`; the rest, for the first rank, as in `write`. Every rank calls it. Raises
+        CheckpointError on all of them."""
+        step, name = int(content["step"]), ""
+        if sharded.here()[0] == 0:
+            with self._told(step):
+                name = shard_files.place(self.folder, step)
+        name = self._agree(name)[0]
+        self.files, self.waiting = {}, Waiting(content, names, written, name)
+        if mine is not None:
+            self._begin(step, partial(self._write_shard, self.folder / name, mine))
+
+    @property
+    def votes(self) -> tuple[float, float]:
+        """Is what this rank had to write for a waiting checkpoint on the disk? Could it not write?"""
+        there = self.waiting is not None and not (self.thread and self.thread.is_alive())
+        return float(there and self.failed is None), float(self.failed is not None)
+
+    def count(self, ready: float, failed: float) -> None:
+        """What the sums of votes over the ranks ask for. Raises CheckpointError on all ranks."""
+        if failed:
+            self._agree()
+        if ready == sharded.here()[1]:
+            self._name_shards()
 
     def wait(self) -> None:
-        """Until the checkpoint that is being written is in place. Raises CheckpointError."""
-        self._join()
-        self.check()
+        """Until the checkpoint that is being written is in place; every rank calls it. Raises CheckpointError on all of
+        them."""
+        if self.waiting is not None:
+            self._name_shards()
+        self._agree()
 
     def check(self) -> None:
-        """Raises CheckpointError when a checkpoint could not be written."""
+        """Raises CheckpointError when this rank could not write a checkpoint."""
         if self.failed is not None:
             raise self.failed
 
@@ -271,25 +333,72 @@ class Writer:
         """What a resume finds, for a message."""
         return f"{self.folder / LAST} of step {self.whole} is whole" if self.whole is not None else "no checkpoint yet"
 
+    def _begin(self, step: int, work: Callable[[], None]) -> None:
+        assert self.thread is None or not self.thread.is_alive(), f"step {step}: the former checkpoint is not written"
+
+        def told() -> None:
+            with self._told(step):
+                work()
+
+        self.thread = threading.Thread(target=told, name="checkpoint")
+        self.thread.start()
+
     def _join(self) -> None:
         if self.thread is not None:
             self.thread.join()
             self.thread = None
 
-    def _write(self, content: dict[str, Any], names: Sequence[str], written: Callable[[int], None]) -> None:
-        step = int(content["step"])
+    @contextmanager
+    def _told(self, step: int) -> Iterator[None]:
+        """An error inside is one of the run."""
         try:
-            for path in self.beside:
-                if path.is_file():
-                    sync(path)
-            size = write(content, self.folder, names)
-            self.whole = step
-            written(size)
+            yield
         except Exception as error:  # whatever it is, it must reach the run
             self.failed = CheckpointError(
                 f"the checkpoint of step {step} could not be written to {self.folder}: {error}; {self.former}. {AGAIN}"
             )
             self.failed.__cause__ = error
+
+    def _agree(self, mine: Any = None) -> list[Any]:
+        """What each rank brings, once its thread is done; all call it. Raises CheckpointError on all of them when one
+        could not write."""
+        self._join()
+        texts, values = zip(*sharded.of_all((str(self.failed or ""), mine)), strict=True)
+        rank = next((n for n, text in enumerate(texts) if text), None)
+        if rank is None:
+            return list(values)
+        if sharded.here()[0] == 0:  # the space of what is not named may be what is missing
+            with suppress(Exception):
+                shard_files.forget(self.folder)
+        raise CheckpointError(f"rank {rank}: {texts[rank]}" if len(texts) > 1 else texts[rank]) from self.failed
+
+    def _name_shards(self) -> None:
+        """Behind the shards of all ranks: the first one writes the checkpoint. Every rank calls it."""
+        self._join()
+        files = self._agree(self.files)
+        assert self.waiting is not None
+        content, names, written, folder = self.waiting
+        self.waiting = None
+        if sharded.here()[0]:
+            self.whole = int(content["step"])
+            return
+        named = {name: list(of) for files_of_rank in files for name, of in sorted(files_of_rank.items())}
+        size = sum(size for size, _ in named.values())
+        content = content | {"shards": {"folder": folder, "files": named}}
+        self.write(content, names, lambda rest: written(size + rest))
+
+    def _write_shard(self, folder: Path, mine: shard_files.Mine) -> None:
+        self.files = shard_files.write(folder, mine)
+
+    def _write(self, content: dict[str, Any], names: Sequence[str], written: Callable[[int], None]) -> None:
+        if content["shards"]:
+            shard_files.opened(self.folder, content["shards"])  # as a resume will find them
+        for path in self.beside:
+            if path.is_file():
+                sync(path)
+        size = write(content, self.folder, names)
+        self.whole = int(content["step"])
+        written(size)
 
 
 @contextmanager

@@ -315,7 +315,7 @@ def train(
     else:
         calibrate(model, stage, data)
     module = StageModule(
-        model, stage, data.course, [c.card.name for c in data.corpora],
+        model, stage, data.course, [c.card for c in data.corpora],
         ListeningTest(data.held_out, folder, stage.data.answers, stage.log.answers), folder, ranks.stop, saved,
     )  # fmt: skip
     # behind it nobody reads any more what the first process is about to trim
@@ -384,10 +384,10 @@ def train(
             "tokenizer": data.chat.fingerprint(), "skipped": module.ledger.summary(),
             "steps_skipped": module.skips.total, "seconds": round(module.seconds, 1),
         }  # fmt: skip
-        with checkpoint.handing_off(folder / "weights"):
+        with checkpoint.handing_off(folder / "weights"), sharded.gathering(weights.handed_off(model)) as gather:
             weights.hand_off(
                 model, folder / "weights", record, plan, start_digests=module.start_digests,
-                token_ids=data.chat.token_ids, save_tokenizer=data.chat.save, gather=sharded.gather,
+                token_ids=data.chat.token_ids, save_tokenizer=data.chat.save, gather=gather,
             )  # fmt: skip
         add_event(folder, {"step": module.done, "event": "handed off"})
         print("\n".join([*ending(folder), f"skipped: {module.ledger.summary()}; weights in {folder / 'weights'}"]))

@@ -21,6 +21,7 @@ from midasheng.evaluate.rows import UNREAD, Row
 from midasheng.model.adapt import without_lora
 from midasheng.model.audio_lm import AudioLM
 from midasheng.model.generate import generate
+from midasheng.sample import NOT_TOLD
 from midasheng.train.answers import exact_match, last_rows
 from midasheng.train.meter import read_metrics
 
@@ -143,15 +144,10 @@ class ListeningTest:
         }  # fmt: skip
 
     def _by_language(self, asked: HeldOutSet, own: Tensor, found: dict[str, Tensor]) -> dict[str, Any]:
-        """As `corpora`, of the samples whose language is known: the record's own where the card says `alike: language`,
-        else the card's only one."""
-        of: list[str] = []
-        for a in asked.asked:
-            card = asked.corpora[a.corpus].card
-            alone = card.languages[0] if len(card.languages) == 1 else ""
-            of.append(a.record.alike if card.alike == "language" and a.record.alike else alone)
+        """As `corpora`, of each language; last those of which none is told."""
+        of = [a.record.language for a in asked.asked]
         rows = {}
-        for language in sorted(set(of) - {""}):
+        for language in sorted(set(of), key=lambda name: (name == NOT_TOLD, name)):
             mine = torch.tensor([language == found_in for found_in in of], dtype=torch.bool)
             rows[language] = {
                 "loss_sum": float(own[mine, 0].sum()), "targets": int(own[mine, 1].sum()),
@@ -192,6 +188,7 @@ class ListeningTest:
             rows.append(Row(
                 _name(asked, a.corpus, a.record.key, a.variant), asked.corpora[a.corpus].card.task, a.question, choices,
                 a.references, output, int(length), FINISHED[int(finish)], round(seconds, 3),
+                f"{asked.corpora[a.corpus].card.name}/{a.record.key}",
             ))  # fmt: skip
         return rows
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -41,11 +42,12 @@ OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the storages that are born while it is on and not yet dead, and their peak; views share a storage."""
+    """Bytes of the storages that are born while it is on and not yet dead, and their peak; views share a storage.
+    Raises MemoryError above `limit`: a CPU's memory has no end that one may try."""
 
-    def __init__(self) -> None:
+    def __init__(self, limit: float = math.inf) -> None:
         super().__init__()
-        self.bytes = self.peak = self.operations = 0
+        self.limit, self.bytes, self.peak, self.operations = limit, 0, 0, 0
         self.met: dict[int, weakref.ref[torch.UntypedStorage]] = {}  # a storage's object lives as long as it does
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -74,12 +76,15 @@ class Live(TorchDispatchMode):
         self.met[number] = weakref.ref(storage, gone)
         self.bytes += size
         self.peak = max(self.peak, self.bytes)
+        if self.bytes > self.limit:
+            raise MemoryError(f"live tensors take {self.bytes} bytes, allowed are {self.limit:.0f}")
 
 
-def peak_bytes(run: Callable[[], object], device: torch.device | str = "cpu") -> int:
-    """The most that live tensors grow by while `run` runs, in bytes; on a GPU, by the allocator's own count."""
+def peak_bytes(run: Callable[[], object], device: torch.device | str = "cpu", limit: float = math.inf) -> int:
+    """The most that live tensors grow by while `run` runs, in bytes; on a GPU, by the allocator's own count. Raises
+    out-of-memory errors: beyond `limit` bytes on a CPU, on a GPU where its memory ends."""
     if torch.device(device).type != "cuda":
-        with Live() as live:
+        with Live(limit) as live:
             run()
         return live.peak
     torch.cuda.synchronize(device)

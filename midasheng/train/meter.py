@@ -8,7 +8,7 @@ import math
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,44 +18,79 @@ from torch import Tensor
 from midasheng import frames
 from midasheng.data.ledger import append, drop_after
 from midasheng.model.flops import Cost
-from midasheng.sample import Pack
+from midasheng.sample import NOT_TOLD, Pack
 
 Reduce = Callable[[Tensor], Tensor]  # sum over ranks
 
 
 class Meter:
-    """Loss sum and targets of each corpus, seconds of audio, slots and frames (real ones, no padding), since the last
-    row. One float64 vector, so a row costs one reduction and one read."""
+    """Loss sum and targets of each corpus and again of each language, seconds of audio, slots and frames (real ones, no
+    padding), since the last row. One float64 vector, so a row costs one reduction and one read; `languages`: all that
+    the cards list, so that it is the same on every rank."""
 
-    def __init__(self, corpora: Sequence[str]) -> None:
-        self.corpora = tuple(corpora)
-        self.sums = torch.zeros(2 * len(self.corpora) + 3, dtype=torch.float64)
+    def __init__(self, corpora: Sequence[str], languages: Sequence[str]) -> None:
+        self.corpora, self.languages = tuple(corpora), (*languages, NOT_TOLD)
+        self.groups = len(self.corpora) + len(self.languages)
+        self.sums = torch.zeros(2 * self.groups + 3, dtype=torch.float64)
 
     def add(self, pack: Pack, loss_S: Tensor) -> None:
         """One trained pack and the loss of its segments, shape (S,), on the host."""
-        n = len(self.corpora)
+        c, n = len(self.corpora), self.groups
         if pack.keys:
-            where = torch.tensor([self.corpora.index(c) for c in pack.corpora])
-            self.sums.index_add_(0, where, loss_S.double()[: len(where)])
-            self.sums.index_add_(0, n + where, torch.tensor(pack.targets, dtype=torch.float64))
+            of_corpora = [self.corpora.index(name) for name in pack.corpora]
+            of_languages = [c + self.languages.index(name) for name in pack.languages]
+            where = torch.tensor(of_corpora + of_languages)
+            self.sums.index_add_(0, where, loss_S.double()[: len(pack.keys)].repeat(2))
+            self.sums.index_add_(0, n + where, torch.tensor(pack.targets, dtype=torch.float64).repeat(2))
         audio_s = sum(frames.seconds(c) for c in pack.clips)
         slots = sum(pack.real)
         self.sums[2 * n :] += torch.tensor([audio_s, slots, sum(frames.frames(c) for c in pack.clips)])
 
     def row(self, reduce: Reduce) -> dict[str, Any]:
         """The sums over all ranks as a row; starts again from zero."""
-        n = len(self.corpora)
+        c, n = len(self.corpora), self.groups
         sums = reduce(self.sums).tolist()
         self.sums = torch.zeros_like(self.sums)
-        targets = sum(sums[n : 2 * n])
+        targets = sum(sums[n : n + c])
+        parts = [{"loss_sum": loss, "targets": int(t)} for loss, t in zip(sums[:n], sums[n : 2 * n], strict=True)]
         return {
-            "loss": sum(sums[:n]) / targets if targets else math.nan,
+            "loss": sum(sums[:c]) / targets if targets else math.nan,
             "targets": int(targets),
             "audio_s": round(sums[2 * n], 3),
             "slots": int(sums[2 * n + 1]),
             "frames": int(sums[2 * n + 2]),
-            "corpora": {c: {"loss_sum": sums[i], "targets": int(sums[n + i])} for i, c in enumerate(self.corpora)},
+            "corpora": dict(zip(self.corpora, parts[:c], strict=True)),
+            # there may be a hundred, of which a row met few
+            "languages": {name: part for name, part in zip(self.languages, parts[c:], strict=True) if part["targets"]},
         }
+
+    def go_on(self, sums: Tensor, languages: Sequence[str]) -> None:
+        """Take back sums that were kept over the same corpora and over `languages`: the last of them NOT_TOLD, or none
+        where a version wrote them that did not know any. Where these are others, the sums are of no language."""
+        c, n = len(self.corpora), len(self.corpora) + len(languages)
+        if tuple(languages) == self.languages:
+            self.sums = sums.clone()
+            return
+        self.sums.zero_()
+        self.sums[2 * self.groups :] = sums[2 * n :]
+        for mine, theirs in ((0, 0), (self.groups, n)):
+            self.sums[mine : mine + c] = sums[theirs : theirs + c]
+            self.sums[mine + self.groups - 1] = sums[theirs : theirs + c].sum()
+
+
+def by_group(kind: str, row: dict[str, Any], tasks: Mapping[str, str]) -> dict[str, float]:
+    """Loss per target of each corpus, task and language in a row of training or validation, under names for a tracker:
+    KIND_corpus/NAME. `tasks`: of each corpus."""
+    of_corpora, of_languages = row["corpora"].items(), row["languages"].items()
+    named = [(f"{kind}_corpus/{name}", part) for name, part in of_corpora]
+    named += [(f"{kind}_task/{tasks[name]}", part) for name, part in of_corpora]
+    named += [(f"{kind}_language/{name}", part) for name, part in of_languages]
+    sums: dict[str, list[float]] = {}
+    for name, part in named:
+        both = sums.setdefault(name, [0.0, 0.0])
+        both[0] += part["loss_sum"]
+        both[1] += part["targets"]
+    return {name: loss / targets for name, (loss, targets) in sums.items() if targets}
 
 
 class Speed:

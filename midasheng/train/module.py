@@ -20,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 from midasheng.config import Stage
 from midasheng.data.ledger import Ledger
 from midasheng.data.loader import StepBatch, steps_ahead
-from midasheng.data.manifest import MixFile
+from midasheng.data.manifest import Card, MixFile
 from midasheng.data.plan import Planner
 from midasheng.data.room import Course
 from midasheng.model import adapt
@@ -30,7 +30,7 @@ from midasheng.model.sources import part_digests
 from midasheng.sample import counter_seed
 from midasheng.train import checkpoint, shard_files, sharded
 from midasheng.train.listening import ListeningTest
-from midasheng.train.meter import Meter, MetricsFile, Speed, add_event, memory_gib
+from midasheng.train.meter import Meter, MetricsFile, Speed, add_event, by_group, memory_gib
 from midasheng.train.optim import clip, learning_rate, optimizer
 from midasheng.train.skips import NotFinite, Skips, references
 from midasheng.train.world import ASKED_BY_MACHINE, Stopped, StopRequest, Waiting, is_first
@@ -38,13 +38,16 @@ from midasheng.train.world import ASKED_BY_MACHINE, Stopped, StopRequest, Waitin
 
 class Read(NamedTuple):
     """What the host learns of a step, all at once: losses of the segments of this rank's packs; and the same on all
-    ranks: the gradient's norm, whether it and all losses are finite, how many want to stop, the sum of plan digests."""
+    ranks: the gradient's norm, whether it and all losses are finite, how many want to stop, the sum of plan digests,
+    how many have written their shards of a checkpoint, how many could not write one."""
 
     losses: list[Tensor]
     norm: float
     finite: bool
     stop: float
     digests: float
+    written: float
+    unwritten: float
 
 
 class StageModule(L.LightningModule):
@@ -56,16 +59,18 @@ class StageModule(L.LightningModule):
     """
 
     def __init__(
-        self, model: AudioLM, stage: Stage, course: Course, corpora: Sequence[str], test: ListeningTest,
+        self, model: AudioLM, stage: Stage, course: Course, cards: Sequence[Card], test: ListeningTest,
         run: Path, stop: StopRequest, saved: dict[str, Any] | None,
     ) -> None:  # fmt: skip
-        """`saved`: the checkpoint that the run goes on from."""
+        """`cards`: of the corpora, in the order of the mix. `saved`: the checkpoint that the run goes on from."""
         super().__init__()
+        corpora = [card.name for card in cards]
         self.automatic_optimization = False
         self.model = model
         self.stage, self.course, self.run = stage, course, run
         self.test, self.stop = test, stop
-        self.meter, self.skips = Meter(corpora), Skips(stage.optim)
+        self.meter = Meter(corpora, sorted({language for card in cards for language in card.languages}))
+        self.tasks, self.skips = {card.name: card.task for card in cards}, Skips(stage.optim)
         self.done, self.saved = 0, 0  # finished steps; those that the last checkpoint of this process holds
         self.began, self.seconds = time.monotonic(), 0.0  # training up to the last checkpoint, over all resumes
         self.plan_state: dict[str, Any] = {}
@@ -122,6 +127,10 @@ class StageModule(L.LightningModule):
             self._validate(ends=True)
         self.left = time.monotonic()
 
+    def on_train_end(self) -> None:
+        """The last checkpoint is in place before the hand-off."""
+        self.writer.wait()
+
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """One optimizer step over this rank's packs. The loss is the sum of token losses over the targets of the whole
         global step: actual counts, summed before the first backward and left on the device until its end."""
@@ -132,10 +141,10 @@ class StageModule(L.LightningModule):
         self.left = None
         self.ledger.reachable(batch.trained, batch.skipped)
         world, digest = self.trainer.world_size, float(batch.state_after["digest"])
-        counts = [sum(sum(p.targets) for p in batch.packs), self.stop.requested, digest]
-        sums_3 = self._reduced(torch.tensor(counts, dtype=torch.float64, device=self.device))
+        counts = [sum(sum(p.targets) for p in batch.packs), self.stop.requested, digest, *self.writer.votes]
+        sums_5 = self._reduced(torch.tensor(counts, dtype=torch.float64, device=self.device))
         # DDP takes the mean over ranks: x world makes it the sum
-        scale = world / sums_3[0].clamp(min=1)
+        scale = world / sums_5[0].clamp(min=1)
         adam = self.optimizers()
         assert isinstance(adam, LightningOptimizer)
         rate = learning_rate(self.done, self.course.steps, self.course.warmup, self.stage.optim.final_lr)
@@ -150,7 +159,7 @@ class StageModule(L.LightningModule):
                 self.manual_backward(loss_S.sum() * scale)
             losses.append(loss_S.detach())
         norm = clip(self.model.parameters(), self.stage.optim.clip_norm, self.shards)
-        read = self._read(losses, norm, sums_3)
+        read = self._read(losses, norm, sums_5)
         if read.digests != world * digest:  # CRC32: its multiples are exact in float64
             raise AssertionError(
                 f"step {batch.step}: rank {self.trainer.global_rank} trains on another plan than others"
@@ -164,6 +173,7 @@ class StageModule(L.LightningModule):
             for pack, loss_S in zip(batch.packs, read.losses, strict=True):
                 self.meter.add(pack, loss_S)
         self.done, self.plan_state = batch.step + 1, batch.state_after
+        self.writer.count(read.written, read.unwritten)
         self._after_step(batch, read.norm, self.stage.optim.lr * rate, read.stop)
         self.left = time.monotonic()
 
@@ -197,15 +207,16 @@ class StageModule(L.LightningModule):
             return tensor
         return self._reduced(tensor.to(self.device, copy=True)).cpu()
 
-    def _read(self, losses: Sequence[Tensor], norm: Tensor, sums_3: Tensor) -> Read:
+    def _read(self, losses: Sequence[Tensor], norm: Tensor, sums_5: Tensor) -> Read:
         """Losses, gradient norm and sums over the ranks, read from the device at once: until here the host waited for
         nothing. Whether a step is taken hangs on what is summed over the ranks here: a loss that is infinite on one of
         them may have a gradient that is finite on all."""
         good = torch.stack([norm.isfinite(), *(loss_S.isfinite().all() for loss_S in losses)]).all()
         verdict_2 = self._reduced(torch.stack([norm.double(), (~good).double()]))
-        found = torch.cat([*losses, verdict_2, sums_3[1:]]).cpu()
-        *loss_rows, (norms, bad, stop, digests) = found.split([*(len(loss_S) for loss_S in losses), 4])
-        return Read(loss_rows, float(norms) / self.trainer.world_size, float(bad) == 0, float(stop), float(digests))
+        found = torch.cat([*losses, verdict_2, sums_5[1:]]).cpu()
+        *loss_rows, sums_6 = found.split([*(len(loss_S) for loss_S in losses), 6])
+        norms, bad, *others = sums_6.tolist()
+        return Read(loss_rows, norms / self.trainer.world_size, bad == 0, *others)
 
     def _not_taken(self, batch: StepBatch, read: Read, because: str) -> StepBatch:
         """Say what the step held and go on to the next one, whose learning rate and packs are as planned. Returns the
@@ -222,6 +233,7 @@ class StageModule(L.LightningModule):
             add_event(self.run, {"step": batch.step + 1, "event": "step skipped", **why, "packs": packs})
         self.shown["skipped"] = skips.total
         if skips.too_many:
+            self.writer.wait()
             wrong = [key for pack in packs for key in pack["not_finite"]]
             samples = f"the loss of {', '.join(wrong[:8])} is not finite" if wrong else "each sample's loss is finite"
             raise NotFinite(
@@ -235,13 +247,13 @@ class StageModule(L.LightningModule):
         """Files, validation, checkpoint, stop: all between steps."""
         assert self.ledger is not None
         self.ledger.step(batch.step, batch.trained, batch.checksum, batch.skipped)
-        self.writer.check()
         last = self.done == self.course.steps
         log, best = self.stage.log, False
         if self.done % log.every == 0 or last:
             row = self.skips.row(self.meter.row(self._sum_over_ranks))
             self.metrics.add({"step": self.done, "loss": row["loss"], "lr": lr, "grad_norm": norm, **row})
-            self._log({"train/loss": row["loss"], "train/lr": lr, "train/grad_norm": norm})
+            groups = by_group("train", row, self.tasks)
+            self._log({"train/loss": row["loss"], "train/lr": lr, "train/grad_norm": norm}, groups)
             speed = self.speed.row(self._sum_over_ranks) | {"memory_gib": memory_gib(self.device)}
             self.speeds.add({"step": self.done, **speed})
             self._log({f"speed/{name}": value for name, value in speed.items()})
@@ -270,9 +282,10 @@ class StageModule(L.LightningModule):
             shares = dict(zip(self.meter.corpora, found[0], strict=True))
             add_event(self.run, {"step": self.done, "event": "mix", "from_step": from_step, "percent": shares})
 
-    def _log(self, values: dict[str, float]) -> None:
+    def _log(self, values: dict[str, float], groups: dict[str, float] | None = None) -> None:
+        """Tell trackers and the progress line; `groups`: trackers alone."""
         for logger in self.loggers:
-            logger.log_metrics(values, step=self.done)
+            logger.log_metrics(values | (groups or {}), step=self.done)
         too_much = ("lr", "grad_norm", "seconds", "memory_gib")  # for one line
         self.shown |= {name: v for k, v in values.items() if (name := k.split("/")[1]) not in too_much}
 
@@ -296,7 +309,8 @@ class StageModule(L.LightningModule):
         took = {"validation_s": round(ended - began, 3), "answers_s": round(ended - looked, 3)}
         self.speeds.add({"step": self.done, **took})
         heard = {"val/listening": row["listening"]["difference"]} if row.get("listening") else {}
-        self._log({"val/val_loss": row["val_loss"], **heard, **{f"val/{name}": s for name, s in took.items()}})
+        values = {"val/val_loss": row["val_loss"], **heard, **{f"val/{name}": s for name, s in took.items()}}
+        self._log(values, by_group("val", row, self.tasks))
         best = self.done > 0 and row["val_loss"] < (self.best["val_loss"] if self.best else math.inf)
         if best:
             self.best = {"step": self.done, "val_loss": row["val_loss"]}
@@ -320,21 +334,20 @@ class StageModule(L.LightningModule):
         self.ledger.flush(self.plan_state)
         sums = self._sum_over_ranks(self.meter.sums)  # behind it all ranks' ledgers are on the disk
         self.seconds, self.began = self.seconds + began - self.began, began
-        shards = ""
-        if self.shards is not None:
-            shards = shard_files.write(self.last.parent, self.done, self.model, self._optimizer())
-        if self.trainer.global_rank > 0:
-            return
-        content = {
+        shared, optimizer = self.shards is not None, self._optimizer()
+        mine = shard_files.mine(self.model, optimizer) if shared else None
+        content: dict[str, Any] = {
             "format": checkpoint.FORMAT, "step": self.done, "plan": self.plan_state, "sums": sums,
-            "corpora": list(self.meter.corpora), "seconds": self.seconds, "world": self.trainer.world_size,
+            "corpora": list(self.meter.corpora), "languages": list(self.meter.languages),
+            "seconds": self.seconds, "world": self.trainer.world_size,
             "start_digests": self.start_digests, "base": self.base, "best": self.best,
-            "skips": self.skips.state(), "shards": shards,
-            "learned": checkpoint.learned(self.model, parameters=not shards),
-            "optimizer": {} if shards else checkpoint.optimizer_state(self.model, self._optimizer()),
+            "skips": self.skips.state(), "shards": {},
         }  # fmt: skip
         event = {"step": self.done, "event": "checkpoint", "best": best}
-        content = checkpoint.copied(content)
+        if self.trainer.global_rank == 0:
+            content["learned"] = checkpoint.learned(self.model, parameters=not shared)
+            content["optimizer"] = {} if shared else checkpoint.optimizer_state(self.model, optimizer)
+            content = checkpoint.copied(content)
         waited = round(time.monotonic() - began, 3)
 
         def written(size: int) -> None:
@@ -342,7 +355,11 @@ class StageModule(L.LightningModule):
             add_event(self.run, event | {"seconds": seconds, "waited": waited, "bytes": size})
             shard_files.forget(self.last.parent)
 
-        self.writer.write(content, [checkpoint.LAST, *([checkpoint.BEST] if best else [])], written)
+        names = [checkpoint.LAST, *([checkpoint.BEST] if best else [])]
+        if shared:
+            self.writer.write_shards(mine, content, names, written)
+        elif self.trainer.global_rank == 0:
+            self.writer.write(content, names, written)
 
     def _go_on(self, saved: dict[str, Any]) -> None:
         """Take back what a checkpoint holds, but for the optimizer, which Lightning makes later, and shards."""
@@ -353,7 +370,7 @@ class StageModule(L.LightningModule):
         self.skips.restore(saved["skips"])
         # the sums were reduced: one rank carries them on; with other corpora (a restarted plan) they begin again
         if is_first() and saved["corpora"] == list(self.meter.corpora):
-            self.meter.sums = saved["sums"].clone()
+            self.meter.go_on(saved["sums"], saved.get("languages", ()))
 
     def restore_rest(self) -> None:
         """Take back what could not be read before the optimizer was there, and ranks shared the model; once."""
@@ -362,7 +379,7 @@ class StageModule(L.LightningModule):
         if saved is None:
             return
         if saved["shards"]:
-            pieces = shard_files.opened(self.last.parent / saved["shards"])
+            pieces = checkpoint.shards_of(saved, self.last, verify=True)
             shard_files.restore(self.model, self._optimizer(), pieces)
         elif self.shards is not None:
             states = {name: dict(checkpoint.flat(of)) for name, of in saved["optimizer"]["state"].items()}

@@ -320,7 +320,7 @@ const PARTS = [
 const TEXT = {
   loss: "Training loss as logged and smoothed over the last fiftieth of the rows (by targets); validation with dots; the decoder alone, without clips, dashed. Drag to zoom, double click to go back. With a chart in focus: arrow keys read values, + and − zoom.",
   listening: "How much more the same held-out answers cost when the clip is exchanged for another one. Below 3 standard errors a stage does not listen, however far its loss fell.",
-  language: "In training a corpus of several languages is one group; validation tells its languages apart where the card says so.",
+  language: "A record's language is its card's only one; of several the one that the record says in its field language. Under “-” are those of which neither tells one.",
   mix: "Percent of the samples asked for, beside percent of samples and of targets that were trained on.",
 };
 

@@ -22,6 +22,7 @@ from midasheng.config import ConfigError, Stage, UserError
 from midasheng.data.ledger import read_ledger
 from midasheng.data.manifest import Card
 from midasheng.data.room import mixes
+from midasheng.sample import NOT_TOLD
 from midasheng.train.answers import judged, read_clips
 
 POINTS, POINTS_OF_A_GROUP = 2_000, 600  # of a curve on the page, at most
@@ -173,7 +174,8 @@ class Run:
         self._begin_speeds()
 
     def _begin_metrics(self) -> None:
-        self.train, self.corpora = _Columns(), dict[str, _Columns]()
+        self.train, self.corpora, self.languages = _Columns(), dict[str, _Columns](), dict[str, _Columns]()
+        self.untold = 0  # rows of training that an older version wrote, without languages
         self.validations: list[dict[str, Any]] = []
 
     def _begin_speeds(self) -> None:
@@ -211,10 +213,12 @@ class Run:
             number = len(self.train["step"])
             names = ("step", "loss", "lr", "grad_norm", "targets", "audio_s")
             self.train.add(**{name: _number(row.get(name)) for name in names})
-            for corpus, sums in _mapping(row.get("corpora")).items():
-                if isinstance(sums, dict) and sums.get("targets"):
-                    part = self.corpora.setdefault(corpus, _Columns())
-                    part.add(row=number, loss_sum=_number(sums.get("loss_sum")), targets=_number(sums["targets"]))
+            self.untold += "languages" not in row
+            for kind, parts in (("corpora", self.corpora), ("languages", self.languages)):
+                for name, sums in _mapping(row.get(kind)).items():
+                    if isinstance(sums, dict) and sums.get("targets"):
+                        part = parts.setdefault(name, _Columns())
+                        part.add(row=number, loss_sum=_number(sums.get("loss_sum")), targets=_number(sums["targets"]))
 
     def _once(self, name: str, files: Sequence[Path], read: Callable[[], Any]) -> Any:
         """What `read` gives; again only when one of the files changed."""
@@ -236,6 +240,8 @@ class Run:
         for file in (self.metrics, self.speeds):
             if file.damaged:
                 notes.append(f"{file.path.name}: {file.damaged} lines cannot be read and are left out")
+        if self.untold:
+            notes.append(f"{self.untold} rows of training tell no languages: an older version of this code wrote them")
         events = [_brief(row) for row in _rows(self.folder / "events.jsonl")]
         steps = [*self.train["step"][-1:], *[_number(v.get("step")) for v in self.validations[-1:]]]
         done = int(max([s for s in steps if np.isfinite(s)], default=0))
@@ -327,40 +333,37 @@ class Run:
         return found
 
     def _groups(self, cards: dict[str, Card]) -> dict[str, dict[str, Any]]:
-        """Curves by corpus, task and language. A corpus of several languages is one group in training; validation rows
-        tell its languages apart."""
+        """Curves by corpus, task and language."""
         tasks: dict[str, list[str]] = {}
-        languages: dict[str, list[str]] = {}
         for corpus in self.corpora:
             if card := cards.get(corpus):
                 tasks.setdefault(card.task, []).append(corpus)
-                languages.setdefault(", ".join(card.languages) or "no language", []).append(corpus)
         last = self.validations[-1] if self.validations else {}
         in_rows = {kind: list(_mapping(last.get(kind))) for kind in ("corpora", "languages")}
         of_task = {t: [c for c in in_rows["corpora"] if c in cards and cards[c].task == t] for t in tasks}
         found: dict[str, dict[str, Any]] = {"corpus": {}, "task": {}, "language": {}}
         for corpus in dict.fromkeys([*self.corpora, *in_rows["corpora"]]):
             about = cards.get(corpus)
-            curves = self._group([corpus]) | _validation(self.validations, _part("corpora", [corpus]))
+            curves = self._group(self.corpora, [corpus]) | _validation(self.validations, _part("corpora", [corpus]))
             said = {"task": about.task, "languages": about.languages} if about else {"task": "", "languages": []}
             found["corpus"][corpus] = curves | said
         for task, of in tasks.items():
-            found["task"][task] = self._group(of) | _validation(self.validations, _part("corpora", of_task[task]))
-        for language in dict.fromkeys([*languages, *in_rows["languages"]]):
-            found["language"][language] = self._group(languages.get(language, [])) | _validation(
-                self.validations, _part("languages", [language])
-            )
+            curves = self._group(self.corpora, of)
+            found["task"][task] = curves | _validation(self.validations, _part("corpora", of_task[task]))
+        for language in sorted({*self.languages, *in_rows["languages"]}, key=lambda name: (name == NOT_TOLD, name)):
+            curves = self._group(self.languages, [language])
+            found["language"][language] = curves | _validation(self.validations, _part("languages", [language]))
         return found
 
-    def _group(self, corpora: Sequence[str]) -> dict[str, Any]:
-        """Training loss of some corpora together."""
+    def _group(self, parts: dict[str, _Columns], names: Sequence[str]) -> dict[str, Any]:
+        """Training loss of some corpora, or languages, together."""
         step = self.train["step"]
         sums = np.zeros((2, len(step)))
-        for corpus in corpora:
-            part = self.corpora.get(corpus)
+        for name in names:
+            part = parts.get(name)
             if part:
-                for column, name in zip(sums, ("loss_sum", "targets"), strict=True):
-                    np.add.at(column, part["row"].astype(int), part[name])
+                for column, of in zip(sums, ("loss_sum", "targets"), strict=True):
+                    np.add.at(column, part["row"].astype(int), part[of])
         if not sums[1].any():
             return {}
         here = np.flatnonzero(sums[1] > 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -17,15 +18,16 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from midasheng.config import UserError
+from midasheng.model.sources import sha256_file
 from midasheng.train.adam8bit import BLOCK, CODES, SCALES, TABLES, local, quantised, values
-from midasheng.train.sharded import COPIES, SHARDS, cut
+from midasheng.train.sharded import COPIES, SHARDS, cut, here, of_all
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 PREFIX = "shards-"
 
 
 class ShardError(UserError):
-    """Shards that cannot be read, do not fit the run, or could not be written."""
+    """Shards that cannot be read, or do not fit the run."""
 
 
 class Piece(NamedTuple):
@@ -88,44 +90,61 @@ def kept(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[tuple[s
         yield name, p, {WEIGHT: local(p), **tensors}, int(state.get("step", 0))  # 0: no step was taken yet
 
 
-def write(folder: Path, step: int, model: nn.Module, optimizer: torch.optim.Optimizer) -> str:
-    """Write what lies on this rank into a new folder below `folder`; every rank calls it. Returns the folder's name
-    when all are on the disk: only then a checkpoint may name it. Raises ShardError on all ranks when one of them could
-    not write."""
-    name, world = f"{PREFIX}{step:08d}", torch.distributed.get_world_size()
+class Mine(NamedTuple):
+    """What lies on this rank, copied to the host, as its file takes it."""
+
+    file: str
+    tensors: dict[str, Tensor]
+    about: dict[str, str]
+
+
+def mine(model: nn.Module, optimizer: torch.optim.Optimizer) -> Mine | None:
+    """What this rank has to write; None where a rank of another copy of the model writes the same."""
     mesh = next(p.device_mesh for p in model.parameters() if isinstance(p, DTensor))
-    of, number = mesh[SHARDS].size(), mesh.get_local_rank(SHARDS)
-    first_copy = COPIES not in (mesh.mesh_dim_names or ()) or mesh.get_local_rank(COPIES) == 0
-    if torch.distributed.get_rank() == 0:  # of a run that was killed while it wrote: no checkpoint names it
-        shutil.rmtree(folder / name, ignore_errors=True)
-        (folder / name).mkdir(parents=True)
-    torch.distributed.barrier()
-    error = ""
-    if first_copy:
-        tensors: dict[str, Tensor] = {}
-        cuts, steps = {}, {}
-        for parameter, p, state, at in kept(model, optimizer):
-            tensors |= {f"{key}/{parameter}": t.flatten().cpu() for key, t in state.items()}
-            cuts[parameter], steps[parameter] = (*cut(p), p.numel()), at
+    if COPIES in (mesh.mesh_dim_names or ()) and mesh.get_local_rank(COPIES):
+        return None
+    tensors: dict[str, Tensor] = {}
+    cuts, steps = {}, {}
+    for name, p, state, step in kept(model, optimizer):
+        # a copy: the next step changes what lies there while this is being written
+        tensors |= {f"{key}/{name}": t.flatten().to("cpu", copy=True) for key, t in state.items()}
+        cuts[name], steps[name] = (*cut(p), p.numel()), step
+    number, of = mesh.get_local_rank(SHARDS), mesh[SHARDS].size()
+    about = {"cuts": json.dumps(cuts), "steps": json.dumps(steps)}
+    return Mine(f"{number:05d}-of-{of:05d}.safetensors", tensors, about)
+
+
+def place(folder: Path, step: int) -> str:
+    """Make a folder for the shards of a step, below that of the checkpoints; returns its name. What a run that was
+    killed while it wrote has left is removed first."""
+    forget(folder)
+    for number in itertools.count():
+        name = f"{PREFIX}{step:08d}" + (f"-{number}" if number else "")
+        # taken: killed between best.ckpt and last.ckpt, which is of an earlier step
+        if not (folder / name).exists():
+            (folder / name).mkdir()
+            return name
+    raise AssertionError
+
+
+def write(folder: Path, mine: Mine) -> dict[str, tuple[int, str]]:
+    """Write one rank's file, to the disk itself; returns its name, bytes and hash, as a checkpoint names it. Raises
+    OSError, SafetensorError."""
+    path = folder / mine.file
+    save_file(mine.tensors, path, metadata=mine.about)
+    for written in (path, folder):
+        handle = os.open(written, os.O_RDONLY)
         try:
-            path = folder / name / f"{number:05d}-of-{of:05d}.safetensors"
-            save_file(tensors, path, metadata={"cuts": json.dumps(cuts), "steps": json.dumps(steps)})
-            for written in (path, path.parent):
-                handle = os.open(written, os.O_RDONLY)
-                os.fsync(handle)
-                os.close(handle)
-        except Exception as raised:  # whatever it is, the others wait to hear of it
-            error = f"rank {torch.distributed.get_rank()}: {raised}"
-    errors: list[Any] = [None] * world
-    torch.distributed.all_gather_object(errors, error)
-    if any(errors):
-        raise ShardError(f"shards of step {step} could not be written to {folder / name}: {next(filter(None, errors))}")
-    return name
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    return {mine.file: (path.stat().st_size, sha256_file(path))}
 
 
 def forget(folder: Path) -> None:
     """Remove the shards that no checkpoint in the folder names."""
-    named = [torch.load(path, mmap=True, weights_only=True)["shards"] for path in folder.glob("*.ckpt")]
+    checkpoints = [torch.load(path, mmap=True, weights_only=True) for path in folder.glob("*.ckpt")]
+    named = [c["shards"]["folder"] for c in checkpoints if c["shards"]]
     for path in folder.glob(f"{PREFIX}*"):
         if path.name not in named:
             shutil.rmtree(path, ignore_errors=True)
@@ -134,36 +153,55 @@ def forget(folder: Path) -> None:
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
-def opened(folder: Path) -> Saved:
-    """The shards in a folder. Raises ShardError where one is missing, damaged, or they do not make up whole tensors."""
-    files = sorted(folder.glob("*.safetensors"))
+def opened(folder: Path, named: Mapping[str, Any]) -> Saved:
+    """The shards that a checkpoint in this folder names. Raises ShardError where one is missing or cut off, or they do
+    not make up whole tensors; what is in them, `verify` looks at."""
+    files = [folder / named["folder"] / name for name in named["files"]]
+    if not files:
+        raise ShardError(f"{folder / named['folder']}: no shards are named")
     pieces: dict[str, list[Piece]] = {}
     sizes: dict[str, int] = {}
     steps: dict[str, int] = {}
-    if not files or len(files) != int(files[0].stem.split("-of-")[1]):
-        raise ShardError(
-            f"{folder} holds {len(files)} shards ({', '.join(f.name for f in files[:3])}), some are missing"
-        )
+    for path, (size, _) in zip(files, named["files"].values(), strict=True):
+        if not path.is_file():
+            raise ShardError(f"{path} is missing, one of {len(files)} shards")
+        if path.stat().st_size != size:
+            raise ShardError(f"{path} is damaged: it has {path.stat().st_size:,} bytes, {size:,} were written")
     for path in files:
         try:
             file = safe_open(path, "pt")
         except Exception as error:  # safetensors raises an error of its own kind
             raise ShardError(f"{path} is damaged: {error}") from None
         about = file.metadata()
-
         for name, (start, stop, size) in json.loads(about["cuts"]).items():
             if stop > start or not size:
                 pieces.setdefault(name, []).append(Piece(start, stop, _reader(file, name)))
             sizes[name] = size
         for name, step in json.loads(about["steps"]).items():
             if steps.setdefault(name, step) != step:
-                raise ShardError(f"{folder}: shards of {name} are of different steps, {step} and {steps[name]}")
+                raise ShardError(f"{path}: {name} is of another step than in other shards, {step} and {steps[name]}")
     for name, size in sizes.items():
         pieces[name].sort(key=lambda p: p.start)
         ends = [0, *(p.stop for p in pieces[name])]
         if [p.start for p in pieces[name]] != ends[:-1] or ends[-1] != size:
-            raise ShardError(f"{folder}: the shards of {name} do not make up its {size} elements")
-    return Saved(str(folder), pieces, steps)
+            raise ShardError(f"{files[0].parent}: the shards of {name} do not make up its {size} elements")
+    return Saved(str(files[0].parent), pieces, steps)
+
+
+def verify(folder: Path, named: Mapping[str, Any]) -> None:
+    """Are the shards those that the checkpoint was written with, to the bit? Each rank reads its part of them, and all
+    call it. Raises ShardError on all ranks."""
+    (rank, world), wrong = here(), ""
+    for name, (_, expected) in list(named["files"].items())[rank::world]:
+        path = folder / named["folder"] / name
+        try:
+            found = sha256_file(path)
+        except OSError as error:  # whatever it is, the others wait to hear of it
+            found = str(error)
+        if found != expected:
+            wrong = wrong or f"{path} is not the file that was written: damaged, or of another step or run ({found})"
+    if any(said := of_all(wrong)):
+        raise ShardError(next(filter(None, said)))
 
 
 def _reader(file: Any, name: str) -> Callable[[str, int, int], Tensor]:

@@ -4,7 +4,8 @@ processes reads."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar
 
 import torch
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
@@ -20,6 +21,7 @@ from midasheng.model.adapt import ADDED
 from midasheng.model.audio_lm import AudioLM
 from midasheng.train.adam8bit import local
 
+T = TypeVar("T")
 MANY = 10**9  # parameters that learn: with gradients and states of all of them on each GPU, 80 GB are full at about 5e9
 COPIES, SHARDS = "copies", "shards"  # dimensions of the mesh
 
@@ -73,6 +75,22 @@ def leave_out_frozen(module: nn.Module) -> None:
     frozen = [n for n, p in module.named_parameters() if not p.requires_grad]
     names = [*frozen, *(n for n, _ in module.named_buffers())]
     DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(module, names)
+
+
+def here() -> tuple[int, int]:
+    """Number of this process, and of how many."""
+    if not torch.distributed.is_initialized():
+        return 0, 1
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def of_all(mine: T) -> list[T]:
+    """What each process brings to this place, by number; all of them call it."""
+    if here()[1] == 1:
+        return [mine]
+    found: list[Any] = [None] * here()[1]
+    torch.distributed.all_gather_object(found, mine)
+    return found
 
 
 # -- FSDP2 -------------------------------------------------------------------------------------------------------------
@@ -163,3 +181,21 @@ def gather(tensor: Tensor) -> Tensor:
     """A whole tensor on the CPU; every rank calls it, with the same one."""
     full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
     return full.detach().cpu().contiguous()
+
+
+@contextlib.contextmanager
+def gathering(tensors: Iterable[Tensor]) -> Iterator[Callable[[Tensor], Tensor]]:
+    """Inside, `gather` for the rank that writes, which takes these tensors in this order, as all ranks do; where it
+    fails between two, it still takes the rest: the others wait in there, and would not hear of it."""
+    left = iter(tensors)
+
+    def next_one(tensor: Tensor) -> Tensor:
+        assert next(left).shape == tensor.shape
+        return gather(tensor)
+
+    try:
+        yield next_one
+    except Exception:
+        for tensor in left:
+            gather(tensor)
+        raise

@@ -115,7 +115,7 @@ def test_every_chart_is_drawn_and_nothing_overflows(chromium, runs, tmp_path, wi
     charts = page.locator(CHARTS).evaluate_all("found => found.map(f => f.dataset.chart)")
     expected = {"loss:stage1_align", "loss:stage3_sft", "listening:stage1_align", "listening:stage3_sft"}
     expected |= {f"{kind}:{what}" for kind in ("corpus", "language") for what in ("val", "listening")}
-    expected |= {"corpus:train", "lr", "grad_norm", "audio_h_per_device_h", "mfu", "encoder_padding"}
+    expected |= {"corpus:train", "language:train", "lr", "grad_norm", "audio_h_per_device_h", "mfu", "encoder_padding"}
     expected |= {"decoder_padding", "waiting", "memory_gib"}
     assert expected <= set(charts)
     assert page.locator(DRAWN).count() == len(charts)

@@ -504,6 +504,18 @@ def test_questions_of_a_table_become_pairs(tmp_path, chat):
     assert {v.turns[0].text for r in training_records(corpus) for v in r.variants} == {"Which?", "Is it?"}
 
 
+@pytest.mark.parametrize(("said", "told"), [("", ["en", "no"]), ("languages=de", ["de"])])
+def test_languages_that_records_name_stand_in_the_card(tmp_path, chat, said, told):
+    little(tmp_path / "in", 6)
+    lines = [f"{n}.wav,tone {n},{('en', 'no', '')[n % 3]}" for n in range(6)]
+    (tmp_path / "in" / "q.csv").write_text("\n".join(["audio,answer,language", *lines]))
+    go(tmp_path / "in" / "q.csv", tmp_path / "out", *said.split())
+    corpus = index_of(tmp_path / "out", chat)
+    assert corpus.card.languages == told
+    records = [*training_records(corpus), *corpus.held_out]
+    assert {r.language for r in records} == ({"de"} if said else {"en", "no", "-"})
+
+
 @pytest.mark.parametrize("shard_mb", [1, 0.001])
 def test_records_with_questions_and_without_are_not_mixed(tmp_path, shard_mb):
     mecat = json.dumps({field: ["a", "b", "c"] for field in MECAT}).encode()

@@ -317,6 +317,17 @@ def test_the_field_that_must_be_alike_is_kept_and_must_be_there(tmp_path, chat):
         opened(replace(CARD, context="{voice}"), tmp_path, chat, clips="told")
 
 
+def test_the_language_of_a_record_is_its_cards_only_one_or_the_one_it_says(tmp_path, chat):
+    contents = {"a": content(language="en"), "b": content(language="it"), "c": content(), "d": content(language=["en"])}
+    write(
+        tmp_path / "a.tar",
+        [(f"{k}.{e}", b) for k, text in contents.items() for e, b in (("flac", SOUND), ("json", text))],
+    )
+    for languages, told in {("de",): ["de"] * 4, ("en", "fr"): ["en", "-", "-", "-"], (): ["-"] * 4}.items():
+        corpus = opened(replace(CARD, languages=list(languages)), tmp_path, chat)
+        assert [r.language for r in training_records(corpus)] == told
+
+
 def test_a_corpus_that_is_only_looked_at_may_be_held_out_as_a_whole(tmp_path, chat):
     write(tmp_path / "a.tar", good("a", "b"))
     corpus = opened(replace(CARD, held_out=HeldOut("source", 1.0, 100)), tmp_path, chat)

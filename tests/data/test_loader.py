@@ -25,7 +25,7 @@ from midasheng.data.manifest import read_mix
 from midasheng.data.plan import ALL, Budget, Planned, Planner, budget
 from midasheng.data.storage import Place
 from midasheng.sample import NO_TARGET, Pack
-from tests.conftest import Tiny, open_index
+from tests.conftest import LANGUAGES, Tiny, open_index
 
 MIXES = ("align", "pretrain", "sft", "text")
 
@@ -129,6 +129,7 @@ def test_batches_are_the_plan(tiny_data, chat, mix):
             assert pack.segments[: len(planned)] == tuple(p.slots for p in planned)
             assert sum(pack.segments) == len(pack.ids_T) == data.budget.pack_slots
             assert pack.targets == tuple(p.targets for p in planned)
+            assert pack.languages == tuple(LANGUAGES[int(k.removeprefix("tone")) % 3][:2].lower() for k in pack.keys)
         samples = [p for planned in step.packs for p in planned]
         assert batch.trained.tolist() == [[p.corpus, p.epoch, p.position, 1] for p in samples]
         assert batch.checksum == checksum([f"{data.corpora[p.corpus].card.name}/{data.key(p)}" for p in samples])

@@ -27,7 +27,7 @@ from midasheng.evaluate.handover import lmms_eval, mecat, vllm
 from midasheng.evaluate.judge import Judge, scores_of
 from midasheng.evaluate.results import Means, date, results, rows_of
 from midasheng.evaluate.rows import MISSING, UNREAD, Row, read_rows, write_rows
-from midasheng.evaluate.score import choice
+from midasheng.evaluate.score import choice, ratio
 from midasheng.evaluate.sentences import Embedder, Fluency, captions
 from midasheng.evaluate.tasks import Benchmarks, Question, Task, options, prompted, read_suite, read_tasks
 from stages import evaluate as stage
@@ -147,6 +147,7 @@ def test_rows_hold_all_that_scoring_needs(whole):
     row = next(r for r in read_rows(whole / ANSWERS) if r.task == "files")
     assert vars(row).keys() == {
         "id", "task", "prompt", "choices", "references", "output", "new_tokens", "finish_reason", "seconds",
+        "clip",
     }  # fmt: skip
     assert row.prompt == "Which?\n(A) x\n(B) y\nLetter:"
     assert row.references == ("B",)
@@ -183,6 +184,7 @@ def test_a_prompt_is_answered_as_the_run_s_own_test_asks(runs, whole):
     (own,) = model_generate(listener.lm, pack, [held_out.chat.im_end], 6)
     row = next(r for r in read_rows(whole / ANSWERS) if r.id == asked[0].row.id)
     assert row.output == held_out.chat.decode(own.ids)
+    assert row.clip == held_out.asked[0].record.key
     assert len(set(row.references)) == 3  # all captions of the clip, not the one that was drawn
 
 
@@ -467,6 +469,32 @@ def test_several_questions_on_one_clip_have_names_of_their_own(tmp_path, manifes
     (tmp_path / "files" / "test.jsonl").write_text(json.dumps(line) + "\n" + json.dumps(line))
     asked = Benchmarks(tmp_path, None).questions(read_suite("files", manifests)[0])
     assert [q.row.id for q in asked] == ["files/x.wav", "files/x.wav#2"]
+
+
+@pytest.mark.parametrize("named", [False, True])
+def test_intervals_of_a_table_are_drawn_by_clip(named, tmp_path, manifests):
+    """Eight clips with five questions each, all right or all wrong, also where every question has an id of its own."""
+    (tmp_path / "files").mkdir()
+    lines = [
+        {"audio": f"{n // 5}.wav", "question": "?", "choices": ["a", "b"], "answer": "A"} | ({"id": n} if named else {})
+        for n in range(40)
+    ]
+    (tmp_path / "files" / "test.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    asked = Benchmarks(tmp_path, None).questions(read_suite("files", manifests)[0])
+    assert [q.row.clip for q in asked] == [f"{n // 5}.wav" for n in range(40)]
+    rows = [replace(q.row, output="AB"[n // 5 % 2], finish_reason="stop") for n, q in enumerate(asked)]
+    write_rows(tmp_path / ANSWERS, rows)
+    told = results(read_suite("files", manifests), tmp_path, Means(), {}, "files")
+    found = told["tasks"]["files"]
+    assert (found["n"], found["clips"]) == (40, 8)
+    assert "over clips" in told["interval"]
+    number = found["numbers"]["accuracy"]
+    assert (number["low"], number["high"]) == ratio([1.0, 0.0] * 4).interval()
+    # answers without their clips, as of others: each row is its own
+    write_rows(tmp_path / ANSWERS, [replace(row, clip="") for row in rows])
+    alone = results(read_suite("files", manifests), tmp_path, Means(), {}, "files")["tasks"]["files"]
+    assert alone["clips"] == 40
+    assert alone["numbers"]["accuracy"]["low"] > number["low"]
 
 
 # -- hand over ---------------------------------------------------------------------------------------------------------

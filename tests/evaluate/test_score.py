@@ -271,6 +271,29 @@ def test_the_interval_holds_what_it_says():
     assert ratio([0.0], [0.0]).value is None
 
 
+def test_the_interval_draws_clips_and_not_rows():
+    """Five questions about a clip, all right or all wrong: as wide as of the clips, whatever the order of the rows; drawn
+    by rows it would be narrower by more than half and hold the mean in two of three samples."""
+    rng = np.random.default_rng(2)
+    held = {"clips": 0, "rows": 0}
+    for _ in range(200):
+        right = (rng.random(40) < 0.3).astype(float)
+        rows, names = ratio(np.repeat(right, 5)), [f"clip{n}" for n in range(40) for _ in range(5)]
+        for way, clips in (("clips", names), ("rows", [])):
+            low, high = rows.interval(400, clips=clips)
+            held[way] += low <= 0.3 <= high
+    assert 0.89 <= held["clips"] / 200 <= 0.99
+    assert held["rows"] / 200 < 0.75
+    assert rows.interval(clips=names) == ratio(right).interval()
+    one_by_one = ratio(np.tile(right, 5)).interval(clips=[f"clip{n}" for _ in range(5) for n in range(40)])
+    assert one_by_one == ratio(right).interval()
+    assert rows.interval(clips=[str(n) for n in range(200)]) == rows.interval()
+    assert rows.interval(clips=["the only clip"] * 200) is None
+    errors, words = rng.integers(0, 5, 200).astype(float), rng.integers(5, 9, 200).astype(float)
+    summed = [v.reshape(40, 5).sum(1) for v in (errors, words)]
+    assert ratio(errors, words).interval(clips=names) == ratio(*summed).interval()
+
+
 def test_mmau_rule_needs_all_words_and_none_of_other_choices():
     assert token_subset("Jazz and blues", "jazz and blues, I think", OPTIONS)
     assert not token_subset("Blues", "jazz blues", OPTIONS)

@@ -33,6 +33,7 @@ def watched(path: Path, backwards: bool = False, dies: int = -1) -> Iterator[Non
 
     def step(self, batch, batch_idx):
         if batch.step == dies:
+            self.writer.wait()
             raise MemoryError
 
         def kept(parameters, *rest):

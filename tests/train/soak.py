@@ -1,5 +1,5 @@
-"""Trains, kills, goes on: `python -m tests.train.soak FOLDER ROUNDS [SEED]` makes FOLDER/whole and FOLDER/killed;
-`FOLDER world=N` too, with one kill, all on N processes.
+"""Trains, kills, goes on: `python -m tests.train.soak FOLDER ROUNDS [SEED] [STRATEGY] [TINY]` makes FOLDER/whole, in one
+process, and FOLDER/killed, under ddp (the default) or fsdp; `FOLDER world=N [TINY]` both, with one kill, on N processes.
 
 Python, torch and all the rest take longer to come up than a round takes to train. So they are imported once, and every
 rank is a fork of this process, which computes nothing itself: behind OpenMP's threads a fork would hang.
@@ -18,6 +18,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from midasheng import config
@@ -66,8 +67,10 @@ def fork(log: Path, work: Callable[[], int], env: dict[str, str] | None = None) 
         os._exit(code)
 
 
-def start(world: int, log: Path, arguments: Sequence[str]) -> list[int]:
-    """All ranks of a stage, with what torchrun would tell them; returns their ids."""
+def start(
+    world: int, log: Path, arguments: Sequence[str], inject: Callable[[int], None] = lambda rank: None
+) -> list[int]:
+    """All ranks of a stage, with what torchrun would tell them; returns their ids. `inject`: called in each before."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -77,12 +80,12 @@ def start(world: int, log: Path, arguments: Sequence[str]) -> list[int]:
     }  # fmt: skip
     ranks = [{**common, "RANK": n, "LOCAL_RANK": n} if world > 1 else {} for n in range(world)]
     arguments = [*arguments, f"hardware.devices={world}"]
-    return [
-        fork(
-            log, lambda: run_stage(str(STAGE), stage1_align.contract, arguments), {k: str(v) for k, v in env.items()}
-        )
-        for env in ranks
-    ]  # fmt: skip
+
+    def work(rank: int) -> int:
+        inject(rank)
+        return run_stage(str(STAGE), stage1_align.contract, arguments)
+
+    return [fork(log, partial(work, n), {k: str(v) for k, v in env.items()}) for n, env in enumerate(ranks)]
 
 
 def alive(children: Sequence[int]) -> bool:
@@ -115,13 +118,18 @@ def ends_well(children: Sequence[int], log: Path) -> None:
 
 
 def arguments(tiny: Tiny, runs: Path, workers: int, **more: object) -> list[str]:
-    return ["--runs", str(runs), *tiny.settings(**SETTINGS, hardware__workers=workers, **more)]
+    return ["--runs", str(runs), *tiny.settings(**SETTINGS | {"hardware__workers": workers} | more)]
 
 
 def steps_done(run: Path) -> int:
-    """Where a resume would begin."""
+    """Where a resume would begin. Raises CheckpointError where what it would read is not whole."""
     last = run / "checkpoints" / checkpoint.LAST
-    return checkpoint.read(last)["step"] if last.is_file() else 0
+    if not last.is_file():
+        return 0
+    saved = checkpoint.read(last)
+    if saved["shards"]:
+        checkpoint.shards_of(saved, last, verify=True)
+    return int(saved["step"])
 
 
 def killed(
@@ -172,7 +180,13 @@ def order(tiny: Tiny, runs: Path, steps: int) -> Order:
     return Order(config.load(STAGE, "mini", given, CONFIGS), runs, "mini", "stage1_align", "", False)
 
 
-def soak(folder: Path, rounds: int, seed: int, tiny: Tiny) -> None:
+def make_index(tiny: Tiny, runs: Path) -> int:
+    """Of several processes at once, only the first would make it."""
+    read_data(order(tiny, runs, 12).stage, make=True)
+    return 0
+
+
+def soak(folder: Path, rounds: int, seed: int, strategy: str, tiny: Tiny) -> None:
     """An unbroken run, and one that is killed `rounds` times, each with the same sample in quarantine."""
     steps = rounds * EVERY + EVERY
     for runs in (folder / "whole", folder / "killed"):
@@ -189,6 +203,7 @@ def soak(folder: Path, rounds: int, seed: int, tiny: Tiny) -> None:
     ends_well([fork(log, set_aside)], log)
     ends_well(start(1, log, arguments(tiny, folder / "whole", 0, **length)), log)
     draw, runs = random.Random(seed), folder / "killed"
+    length["hardware__strategy"] = strategy
     for number in range(rounds):
         world, workers = draw.choice(WORLDS), draw.choice(WORKERS)
         done = steps_done(runs / RUN)
@@ -230,4 +245,5 @@ if __name__ == "__main__":
     if how_often.startswith("world="):
         same_world(to, int(how_often.removeprefix("world=")), prepared(to, *rest))
     else:
-        soak(to, int(how_often), int(rest[0]) if rest else 0, prepared(to, *rest[1:]))
+        seed, strategy, *rest = [*rest, *["0", "ddp"][len(rest) :]]
+        soak(to, int(how_often), int(seed), strategy, prepared(to, *rest))

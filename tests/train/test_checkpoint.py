@@ -55,7 +55,7 @@ def trained(lm: AudioLM, name: str = "adamw8bit", steps: int = 1) -> torch.optim
 
 def content(lm: AudioLM, adam: torch.optim.Optimizer, step: int = 1) -> dict:
     return checkpoint.copied({
-        "format": checkpoint.FORMAT, "step": step, "shards": "", "base": checkpoint.base_digests(lm),
+        "format": checkpoint.FORMAT, "step": step, "shards": {}, "base": checkpoint.base_digests(lm),
         "learned": checkpoint.learned(lm), "optimizer": checkpoint.optimizer_state(lm, adam),
     })  # fmt: skip
 
@@ -227,7 +227,7 @@ from pathlib import Path
 from midasheng.train import checkpoint
 folder, write = Path(sys.argv[1]), checkpoint._Telling.write
 def content(step):
-    return {"format": checkpoint.FORMAT, "step": step, "learned": {"a": torch.full((400_000,), float(step))}}
+    return {"format": checkpoint.FORMAT, "step": step, "shards": {}, "learned": {"a": torch.full((400_000,), float(step))}}
 checkpoint.write(content(1), folder, ["last.ckpt", "best.ckpt"])
 written = 0
 def stalls(self, data):
@@ -257,7 +257,7 @@ def test_a_process_that_is_killed_while_it_writes_leaves_the_former_one_whole(tm
         saved = checkpoint.read(tmp_path / name)
         assert saved["step"] == 1
         assert bool((saved["learned"]["a"] == 1).all())
-    checkpoint.write({"format": checkpoint.FORMAT, "step": 3}, tmp_path, [LAST])
+    checkpoint.write({"format": checkpoint.FORMAT, "step": 3, "shards": {}}, tmp_path, [LAST])
     assert {p.name for p in tmp_path.iterdir()} == {LAST, BEST}
 
 
@@ -302,7 +302,9 @@ def test_training_goes_on_while_one_is_written_and_the_run_ends_behind_it(tiny, 
 def test_any_error_of_the_writer_reaches_the_run(tmp_path):
     writer = Writer(tmp_path, [], 5)
     with pytest.raises(CheckpointError, match=r"checkpoint of step 6 could not .*last.ckpt of step 5 is whole"), writer:
-        writer.write({"step": 6, "what": lambda: None}, [LAST], lambda size: None)  # a function is nothing to save
+        writer.write(
+            {"step": 6, "shards": {}, "what": lambda: None}, [LAST], lambda size: None
+        )  # a function is nothing to save
     with pytest.raises(KeyError), writer:  # the run's own error is not hidden by it
         raise KeyError
 

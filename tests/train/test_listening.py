@@ -233,7 +233,7 @@ def test_the_row_holds_sums_and_pairs_of_the_same_samples(models, sets, tmp_path
             part = found["corpora"][corpus.card.name]
             assert part["loss_sum"] == pytest.approx(float(own[mine, 0].sum()), rel=1e-4)
             assert part["targets"] == int(own[mine, 1].sum())
-        languages = [a.record.alike or "en" for a in asked.asked]  # the card's only one where a record does not say
+        languages = [a.record.alike for a in asked.asked]  # in these cards the language
         assert found["languages"].keys() == set(languages)
         for language, part in found["languages"].items():
             mine = [i for i, spoken in enumerate(languages) if spoken == language]
@@ -292,10 +292,11 @@ def test_answers_in_words_with_and_without_hearing(models, sets, tmp_path, monke
         assert row["references"][0] in row["choices"]
     assert {(r["mix"], r["corpus"]) for r in free} == {(s.name, c.card.name) for s in sets for c in s.corpora}
     assert len({r["id"] for r in rows}) == len(rows)
+    assert all(r["clip"] == "/".join(r["id"].split("/")[1:-1]) for r in rows)  # corpus/key of mix/corpus/key/variant
     cards = {c.card.name: c.card for s in sets for c in s.corpora}
     for row in rows:
         record = records[row["corpus"], row["key"]]
-        assert list(row)[:10] == ["step", *FIELDS]
+        assert list(row)[:11] == ["step", *FIELDS]
         assert (row["step"], row["task"]) == (7, cards[row["corpus"]].task)
         assert (row["output"], row["new_tokens"]) == (f"{record.n_samples}", len(sets[0].chat.text(row["output"])))
         answered = [v.turns[1].text for v in record.variants if v.turns[0].text == row["prompt"]]

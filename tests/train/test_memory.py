@@ -70,6 +70,9 @@ def test_peak_of_live_tensors_by_hand():
     assert peak_bytes(lambda: before.mul_(2).view(-1)[:7]) == 0
     assert peak_bytes(lambda: (torch.empty(10), torch.empty(20))) == 120
     assert peak_bytes(lambda: [len(torch.empty(10)), len(torch.empty(20))]) == 80
+    assert peak_bytes(lambda: torch.empty(10), limit=40) == 40
+    with pytest.raises(MemoryError, match="live tensors take 44 bytes, allowed are 40"):
+        peak_bytes(lambda: torch.empty(11), limit=40)
 
 
 def test_peak_of_a_backward_pass_by_hand():

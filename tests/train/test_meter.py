@@ -7,20 +7,21 @@ import pytest
 import torch
 
 from midasheng.model.flops import Cost, peak
-from midasheng.sample import NO_TARGET, Sample, pack
+from midasheng.sample import NO_TARGET, NOT_TOLD, Sample, pack
 from midasheng.train import meter as room
-from midasheng.train.meter import Meter, MetricsFile, Speed, read_metrics
+from midasheng.train.meter import Meter, MetricsFile, Speed, by_group, read_metrics
 
 
-def sample(corpus: str, slots: int, targets: int, clip: int = 0):
+def sample(corpus: str, slots: int, targets: int, clip: int = 0, language: str = NOT_TOLD):
     labels = np.full(slots, NO_TARGET)
     labels[:targets] = 1
     clips = (np.zeros(clip, dtype=np.float32),) if clip else ()
-    return Sample(corpus, "k", "t", np.ones(slots, dtype=np.int64), labels, np.zeros(slots, dtype=bool), clips)
+    ids, is_audio = np.ones(slots, dtype=np.int64), np.zeros(slots, dtype=bool)
+    return Sample(corpus, "k", "t", ids, labels, is_audio, clips, language=language)
 
 
 def test_rows_are_sums_over_targets_not_means_of_means():
-    meter = Meter(["a", "b"])
+    meter = Meter(["a", "b"], [])
     meter.add(pack([sample("a", 5, 1, 16_000), sample("b", 5, 4)], 16, 0), torch.tensor([10.0, 4.0, 0.0]))
     meter.add(pack([sample("b", 8, 5, 32_000)], 8, 0), torch.tensor([6.0]))
     row = meter.row(lambda t: t)
@@ -37,7 +38,7 @@ def test_what_samples_share_is_counted_once():
     for s in (long, short):
         s.labels[-1] = 1
     row = pack([long, short], 12, 0)
-    meter, speed = Meter(["a", "b"]), Speed(COST, peak=1e6, devices=1)
+    meter, speed = Meter(["a", "b"], []), Speed(COST, peak=1e6, devices=1)
     meter.add(row, torch.tensor([10.0, 4.0, 0.0, 0.0]))
     speed.add(row)
     found = meter.row(lambda t: t)
@@ -46,10 +47,53 @@ def test_what_samples_share_is_counted_once():
     assert speed.sums[2:4].tolist() == [9, 12]
 
 
+SPOKEN = [
+    pack([sample("a", 5, 1, language="fr"), sample("b", 5, 4), sample("b", 5, 2, language="en")], 16, 0),
+    pack([sample("b", 8, 5, language="fr")], 8, 0),
+]  # fmt: skip
+SPOKEN_LOSS = [torch.tensor([10.0, 4.0, 3.0, 0.0]), torch.tensor([6.0])]
+
+
+def spoken(languages: list[str]) -> Meter:
+    meter = Meter(["a", "b"], languages)
+    for one, loss_S in zip(SPOKEN, SPOKEN_LOSS, strict=True):
+        meter.add(one, loss_S)
+    return meter
+
+
+def test_a_language_is_summed_over_corpora_and_what_tells_none_apart():
+    row = spoken(["de", "en", "fr"]).row(lambda t: t)
+    assert row["languages"] == {
+        "en": {"loss_sum": 3.0, "targets": 2}, "fr": {"loss_sum": 16.0, "targets": 6},
+        "-": {"loss_sum": 4.0, "targets": 4},
+    }  # fmt: skip
+    assert row["corpora"] == {"a": {"loss_sum": 10.0, "targets": 1}, "b": {"loss_sum": 13.0, "targets": 11}}
+    assert (row["loss"], row["targets"]) == (pytest.approx(23 / 12), 12)  # once, not for each kind of group
+    assert by_group("train", row, {"a": "asr", "b": "asr"}) == pytest.approx({
+        "train_corpus/a": 10, "train_corpus/b": 13 / 11, "train_task/asr": 23 / 12, "train_language/en": 1.5,
+        "train_language/fr": 16 / 6, "train_language/-": 1,
+    })  # fmt: skip
+
+
+def test_sums_of_a_checkpoint_are_taken_back_and_those_of_an_older_version_tell_no_language():
+    """Before languages were summed a checkpoint held loss and targets of the corpora, and three more."""
+    languages = ["de", "en", "fr"]
+    kept, whole = spoken(languages).sums, spoken(languages).row(lambda t: t)
+    again = Meter(["a", "b"], languages)
+    again.go_on(kept, [*languages, "-"])
+    assert again.row(lambda t: t) == whole
+    before = torch.cat([kept[:2], kept[6:8], kept[-3:]])
+    for sums, told in ((before, []), (kept, ["de", "en", "it", "-"])):  # or other cards
+        meter = Meter(["a", "b"], languages)
+        meter.go_on(sums, told)
+        assert meter.row(lambda t: t) == whole | {"languages": {"-": {"loss_sum": 23.0, "targets": 12}}}
+
+
 def test_reduction_over_ranks_reaches_every_sum():
-    meter = Meter(["a"])
-    meter.add(pack([sample("a", 4, 2)], 4, 0), torch.tensor([3.0]))
+    meter = Meter(["a"], ["en"])
+    meter.add(pack([sample("a", 4, 2, language="en")], 4, 0), torch.tensor([3.0]))
     row = meter.row(lambda t: 2 * t)
+    assert row["languages"] == {"en": {"loss_sum": 6.0, "targets": 4}}
     assert row["targets"] == 4
     assert row["loss"] == pytest.approx(1.5)
     assert row["slots"] == 8

@@ -27,7 +27,7 @@ def train_row(step: int, loss: float, **more: object) -> dict:
     half = {"loss_sum": 10 * loss, "targets": 10}
     return {
         "step": step, "loss": loss, "lr": 1e-3, "grad_norm": 1.0, "targets": 20, "audio_s": 36.0, "slots": 9,
-        "frames": 9, "corpora": {"a": half, "b": half}, **more,
+        "frames": 9, "corpora": {"a": half, "b": half}, "languages": {"fr": half, "-": half}, **more,
     }  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def val_row(step: int, loss: float) -> dict:
     part = {"loss_sum": 30 * loss, "targets": 30, "listening": PAIR}
     return {
         "step": step, "val_loss": loss, "targets": 60, "listening": PAIR, "text_only": PAIR,
-        "corpora": {"a": part, "b": part}, "languages": {"fr": part},
+        "corpora": {"a": part, "b": part}, "languages": {"fr": part, "-": part},
     }  # fmt: skip
 
 
@@ -90,11 +90,28 @@ def test_a_run_is_read_whole(tmp_path):
     assert axes["hours"][20] == pytest.approx(1.0)
     assert found["groups"]["corpus"]["a"]["loss"]["y"] == [4.0, 2.0]
     assert found["groups"]["language"]["fr"]["listening"]["y"] == [0.5, 0.5]
+    assert list(found["groups"]["language"]) == ["fr", "-"]
     assert found["speed"]["memory_gib"]["y"] == [1.5] * 4
     assert found["skips"] == [{"corpus": "a", "reason": "too long", "before": True, "records": 1}]
     assert [(r["corpus"], r["asked"], r["targets"]) for r in found["mix"]] == [("a", 60.0, 400), ("b", 40.0, 400)]
     assert [e["event"] for e in found["events"]] == ["start", "checkpoint", "resume"]
     assert any("manifest" in note for note in found["notes"])  # no cards, and it says so
+
+
+def test_training_by_language_is_drawn_from_the_rows_and_where_they_tell_none_that_is_said(tmp_path):
+    folder = write_run(tmp_path / "one")
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows[1:9]:  # as an older version wrote them
+        del row["languages"]
+    rows[20]["languages"]["it"] = {"loss_sum": 12.0, "targets": 4}
+    write_rows(folder / "metrics.jsonl", rows)
+    found = data_of(folder)
+    languages = found["groups"]["language"]
+    assert list(languages) == ["fr", "it", "-"]
+    assert languages["fr"]["raw"] == {"x": list(range(9, 41)), "y": found["train"]["raw"]["y"][8:]}
+    assert languages["it"]["raw"] == {"x": [20], "y": [3.0]}
+    assert "8 rows of training tell no languages: an older version of this code wrote them" in found["notes"]
 
 
 def test_a_changed_mix_is_asked_for_by_its_steps(tmp_path):

@@ -107,6 +107,25 @@ def test_interrupted_equals_unbroken_bit_for_bit(tiny, tmp_path, monkeypatch, wo
     assert [step for step, *_ in ledger(parts)] == list(range(9))
 
 
+def test_a_checkpoint_from_before_languages_were_summed_goes_on(tiny, tmp_path, monkeypatch):
+    """In the middle of a row: what it had trained is of no language, all else is as in an unbroken run."""
+    more = {"log__every": 4, "log__val_every": 4}
+    unbroken = read_metrics(run_stage("stage1_align", tiny, tmp_path / "unbroken", **more) / "metrics.jsonl")
+    stopped_run(tiny, tmp_path, monkeypatch, 1, **more)
+    path = tmp_path / "mini/stage1_align/checkpoints/last.ckpt"
+    saved = checkpoint.read(path)
+    n, languages = len(saved["corpora"]), saved.pop("languages")
+    sums, groups = saved["sums"], n + len(languages)
+    saved["sums"] = torch.cat([sums[:n], sums[groups : groups + n], sums[-3:]])
+    checkpoint.write(saved, path.parent, [path.name])
+    rows = read_metrics(run_stage("stage1_align", tiny, tmp_path, **more) / "metrics.jsonl")
+    found, expected = (next(r for r in of if "loss" in r) for of in (rows, unbroken))
+    assert found | {"languages": 0} == expected | {"languages": 0}
+    assert expected["languages"].keys() == {"en", "fr", "sp"}
+    assert found["languages"]["-"]["targets"] == int(sums[groups : groups + n].sum())
+    assert sum(part["targets"] for part in found["languages"].values()) == found["targets"]
+
+
 def test_killed_after_training_before_the_hand_off(tiny, tmp_path, monkeypatch):
     unbroken = run_stage("stage1_align", tiny, tmp_path / "whole")
     with monkeypatch.context() as patch:
@@ -248,6 +267,14 @@ def test_two_processes_are_the_same_run_as_one(tiny, tmp_path):
         assert a["targets"] == b["targets"]
         assert a.get("loss", a.get("val_loss")) == pytest.approx(b.get("loss", b.get("val_loss")), rel=1e-5)
         assert a.get("grad_norm", 0) == pytest.approx(b.get("grad_norm", 0), rel=1e-4)
+        for kind in ("corpora", "languages"):
+            assert list(a[kind]) == list(b[kind])
+            for name, part in a[kind].items():
+                assert part["targets"] == b[kind][name]["targets"]
+                assert part["loss_sum"] == pytest.approx(b[kind][name]["loss_sum"], rel=1e-4)
+            for what in ("loss_sum", "targets"):
+                whole = sum(part[what] for part in a["corpora"].values())
+                assert sum(part[what] for part in a[kind].values()) == pytest.approx(whole, rel=1e-9)
         for kind in ("listening", "alike", "text_only"):
             assert (a.get(kind) or {}) == pytest.approx(b.get(kind) or {}, rel=1e-3, abs=1e-4)
     assert said(two) == said(one)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -32,6 +33,13 @@ def eighty() -> Iterator[None]:
     torch.distributed.init_process_group("fake", rank=0, world_size=80, store=FakeStore())
     yield
     torch.distributed.destroy_process_group()
+
+
+@pytest.fixture
+def alone(monkeypatch) -> None:
+    """Whatever group there is."""
+    for room in (sharded, shard_files):
+        monkeypatch.setattr(room, "here", lambda: (0, 1))
 
 
 def stage(name: str, scale: str, *settings: str) -> config.Stage:
@@ -202,11 +210,12 @@ class Two(nn.Module):
         self.a, self.b = weights
 
 
-def written(folder: Path, ends: list[list[int]]) -> tuple[Two, torch.optim.Optimizer]:
-    """Files of as many ranks as `ends` has rows: where each rank's part of the two tensors ends."""
+def written(folder: Path, ends: list[list[int]]) -> tuple[Two, torch.optim.Optimizer, dict]:
+    """Files of as many ranks as `ends` has rows: where each rank's part of the two tensors ends; and what a checkpoint
+    says of them."""
     weights, adam = trained()
-    model = Two(weights)
-    folder.mkdir(exist_ok=True)
+    model, named = Two(weights), {}
+    (folder / "s").mkdir(exist_ok=True)
     for number, stops in enumerate(ends):
         starts = ends[number - 1] if number else [0, 0]
         tensors, cuts = {}, {}
@@ -216,18 +225,20 @@ def written(folder: Path, ends: list[list[int]]) -> tuple[Two, torch.optim.Optim
                 tensors[f"{key}/{name}"] = t.flatten()[start // unit : -(-stop // unit)].clone()
             cuts[name] = (start, stop, p.numel())
         about = {"cuts": json.dumps(cuts), "steps": json.dumps({"a": 3, "b": 3})}
-        save_file(tensors, folder / f"{number:05d}-of-{len(ends):05d}.safetensors", metadata=about)
-    return model, adam
+        file = f"{number:05d}-of-{len(ends):05d}.safetensors"
+        named |= shard_files.write(folder / "s", shard_files.Mine(file, tensors, about))
+    return model, adam, {"folder": "s", "files": {name: list(of) for name, of in named.items()}}
 
 
 WHOLE = [[2304, 27], [4608, 54], [6144, 80]]  # of three ranks
 
 
-def test_shards_of_three_ranks_go_back_into_one(tmp_path):
-    model, adam = written(tmp_path / "s", WHOLE)
+def test_shards_of_three_ranks_go_back_into_one(tmp_path, alone):
+    model, adam, named = written(tmp_path, WHOLE)
     other = Two([nn.Parameter(torch.zeros(64, 96)), nn.Parameter(torch.zeros(80))])
     fresh = optim.optimizer(other.named_parameters(), config.Optim())
-    shard_files.restore(other, fresh, shard_files.opened(tmp_path / "s"))
+    shard_files.verify(tmp_path, named)
+    shard_files.restore(other, fresh, shard_files.opened(tmp_path, named))
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
         before, after = adam.state[p], fresh.state[q]
@@ -239,26 +250,59 @@ def test_shards_of_three_ranks_go_back_into_one(tmp_path):
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("ends", [[[2304, 27], [4608, 54]], [[2304, 27], [2304, 80]]])
+def test_shards_that_do_not_make_up_a_tensor_are_refused(tmp_path, ends):
+    *_, named = written(tmp_path, ends)
+    with pytest.raises(shard_files.ShardError, match="the shards of a do not make up its 6144 elements"):
+        shard_files.opened(tmp_path, named)
+
+
+SECOND = "00001-of-00003.safetensors"
+
+
 @pytest.mark.parametrize(
-    ("ends", "gone", "words"),
+    ("change", "words"),
     [
-        (WHOLE, 1, "some are missing"),
-        (WHOLE, 2, "some are missing"),
-        ([[2304, 27], [4608, 54]], None, "do not make up its 6144 elements"),
-        ([[2304, 27], [2304, 80]], None, "do not make up its 6144 elements"),
+        (lambda path: path.unlink(), "is missing, one of 3 shards"),
+        (
+            lambda path: path.write_bytes(path.read_bytes()[:-100]),
+            r"is damaged: it has [\d,]+ bytes, [\d,]+ were written",
+        ),
     ],
 )
-def test_shards_that_are_not_whole_are_refused(tmp_path, ends, gone, words):
-    written(tmp_path / "s", ends)
-    if gone is not None:
-        (tmp_path / "s" / f"{gone:05d}-of-00003.safetensors").unlink()
-    with pytest.raises(shard_files.ShardError, match=words):
-        shard_files.opened(tmp_path / "s")
+def test_a_shard_that_is_missing_or_cut_off_is_refused_by_name(tmp_path, change, words):
+    *_, named = written(tmp_path, WHOLE)
+    change(tmp_path / "s" / SECOND)
+    with pytest.raises(shard_files.ShardError, match=f"{SECOND} {words}"):
+        shard_files.opened(tmp_path, named)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+def of_another_step(path: Path) -> None:
+    """Same tensors, same cuts, as many bytes."""
+    with safe_open(path, "pt") as file:
+        tensors, about = {n: file.get_tensor(n) for n in file.keys()}, file.metadata()  # noqa: SIM118
+    save_file({n: t + 1 for n, t in tensors.items()}, path, metadata=about)
+
+
+@pytest.mark.parametrize("change", [flip, of_another_step])
+def test_a_shard_that_is_another_one_is_refused_by_name(tmp_path, change, alone):
+    """It can be opened; safetensors has no checksums."""
+    *_, named = written(tmp_path, WHOLE)
+    change(tmp_path / "s" / SECOND)
+    shard_files.opened(tmp_path, named)
+    with pytest.raises(shard_files.ShardError, match=f"{SECOND} is not the file that was written"):
+        shard_files.verify(tmp_path, named)
 
 
 def test_shards_of_other_tensors_are_refused(tmp_path):
-    written(tmp_path / "s", WHOLE)
-    saved = shard_files.opened(tmp_path / "s")
+    *_, named = written(tmp_path, WHOLE)
+    saved = shard_files.opened(tmp_path, named)
     for shapes, words in (
         ({"a": (64, 96)}, "holds 1 tensors that do not learn here, the first b"),
         ({"a": (64, 96), "b": (80,), "c": (3,)}, "lacks 1 tensors that learn here, the first c"),
@@ -267,16 +311,24 @@ def test_shards_of_other_tensors_are_refused(tmp_path):
         model = nn.ParameterDict({n: nn.Parameter(torch.zeros(s)) for n, s in shapes.items()})
         with pytest.raises(shard_files.ShardError, match=words):
             shard_files.restore(model, optim.optimizer(model.named_parameters(), config.Optim()), saved)
-    path = tmp_path / "s" / "00001-of-00003.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(shard_files.ShardError, match=r"00001-of-00003.safetensors is damaged"):
-        shard_files.opened(tmp_path / "s")
 
 
 def test_shards_that_no_checkpoint_names_are_removed(tmp_path):
     for name in ("shards-00000002", "shards-00000004", "shards-00000006"):
         (tmp_path / name).mkdir()
-    torch.save({"shards": "shards-00000006"}, tmp_path / "last.ckpt")
-    torch.save({"shards": "shards-00000002"}, tmp_path / "best.ckpt")
+    torch.save({"shards": {"folder": "shards-00000006"}}, tmp_path / "last.ckpt")
+    torch.save({"shards": {"folder": "shards-00000002"}}, tmp_path / "best.ckpt")
     shard_files.forget(tmp_path)
     assert sorted(p.name for p in tmp_path.glob("shards-*")) == ["shards-00000002", "shards-00000006"]
+
+
+def test_shards_are_never_written_over_those_that_a_checkpoint_names(tmp_path):
+    """Killed between best.ckpt of step 6 and last.ckpt, still of step 4, a run comes to step 6 again."""
+    for number, name in ((4, "last"), (6, "best")):
+        folder = shard_files.place(tmp_path, number)
+        torch.save({"shards": {"folder": folder}}, tmp_path / f"{name}.ckpt")
+    (tmp_path / "shards-00000005").mkdir()
+    assert shard_files.place(tmp_path, 6) == "shards-00000006-1"
+    there = sorted(p.name for p in tmp_path.glob("shards-*"))
+    assert there == ["shards-00000004", "shards-00000006", "shards-00000006-1"]
+    assert shard_files.place(tmp_path, 6) == "shards-00000006-1"  # killed once more: what it left is not named

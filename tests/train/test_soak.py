@@ -19,10 +19,10 @@ from tests.train import soak
 ROOT = Path(__file__).parent.parent.parent
 
 
-def soaked(tiny: Tiny, folder: Path, rounds: int, seed: int) -> str:
+def soaked(tiny: Tiny, folder: Path, rounds: int, seed: int, strategy: str = "ddp") -> str:
     """Runs soak.py, then holds its two runs against each other and against the plan; returns what it printed."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.train.soak", str(folder), str(rounds), str(seed), str(tiny.root)],
+        [sys.executable, "-m", "tests.train.soak", str(folder), str(rounds), str(seed), strategy, str(tiny.root)],
         cwd=ROOT, capture_output=True, text=True, timeout=3000, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
@@ -86,6 +86,12 @@ def flat(tree: dict, prefix: str = "") -> Iterator[tuple[str, torch.Tensor]]:
 
 def test_three_kills_on_other_numbers_of_processes_leave_the_unbroken_run(tiny, tmp_path):
     soaked(tiny, tmp_path, rounds=3, seed=0)
+
+
+@pytest.mark.slow
+def test_kills_on_other_numbers_of_processes_that_share_leave_the_unbroken_run(tiny, tmp_path):
+    """1, 2 and 4 processes read each other's shards; whatever was being written when one died."""
+    print(soaked(tiny, tmp_path, rounds=6, seed=2, strategy="fsdp"))
 
 
 @pytest.mark.slow

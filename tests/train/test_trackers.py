@@ -66,6 +66,10 @@ def test_a_tracker_is_told_every_scalar_of_a_run(tiny_data, tmp_path, offered):
     validated = {step: row["val/val_loss"] for step, row in told.rows if "val/val_loss" in row}
     assert validated == {r["step"]: r["val_loss"] for r in rows if "val_loss" in r}
     assert any("speed/mfu" in row for _, row in told.rows)
+    groups = {
+        f"{k}_{n}" for k in ("train", "val") for n in ("corpus/tiny_asr", "task/asr", "language/en", "language/sp")
+    }
+    assert groups - {name for _, row in told.rows for name in row} == set()
     assert told.ended == ["success"]
     assert json.loads((folder / "trackers.json").read_text()) == {"wandb": "run 1"}
 

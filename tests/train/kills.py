@@ -1,0 +1,260 @@
+"""Two ranks share a model and die at chosen moments: `python -m tests.train.kills FOLDER TINY` makes FOLDER/whole, a run
+nobody disturbs, and FOLDER/killed, which each case resumes where the one before it left it, and prints a row of each.
+
+Ranks are forks, as in soak.py. Where a case says that one dies, it is -9 from within, at that place and no other.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from tests.train import soak  # first: it sets threads before torch is imported
+
+# isort: split
+from midasheng.model import weights
+from midasheng.train import checkpoint, shard_files, sharded
+from midasheng.train import fit as fit_room
+from midasheng.train.module import StageModule
+
+STEPS, EVERY = 8, 2
+ENDS_WITHIN_S = 240  # a rank whose neighbour died, on a machine with much else to do
+FILE_BYTES = 60_000  # of weights/: several files
+SETTINGS = {
+    "run__length": f"{STEPS} steps", "run__warmup": "2 steps", "log__checkpoint_every": EVERY, "optim__name": "adamw8bit",
+    "hardware__strategy": "fsdp",
+}  # fmt: skip
+Inject = Callable[[int], None]  # in a rank, before it runs
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def around(room: Any, name: str, make: Callable[[Callable], Callable]) -> None:
+    """In this process, which is a rank, `room.name` becomes what `make` gives for it."""
+    setattr(room, name, make(getattr(room, name)))
+
+
+@contextlib.contextmanager
+def no_room(size: int) -> Iterator[None]:
+    """No file may grow beyond so many bytes: the system's write fails, as on a full disk."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+
+# -- what happens to a rank ------------------------------------------------------------------------------------------
+
+
+def behind_the_first_checkpoint(rank: int) -> None:
+    def make(step):
+        def stepped(self, batch, number):
+            if batch.step == EVERY + 1:
+                self.writer.wait()
+                die()
+            step(self, batch, number)
+
+        return stepped
+
+    around(StageModule, "training_step", make)
+
+
+def half_a_shard(*ranks: int) -> Inject:
+    """Under its own name, and the process is gone."""
+
+    def inject(rank: int) -> None:
+        def make(save):
+            def half(tensors, path, metadata):
+                save(tensors, path, metadata=metadata)
+                os.truncate(path, path.stat().st_size // 2)
+                die()
+
+            return half
+
+        if rank in ranks:
+            around(shard_files, "save_file", make)
+
+    return inject
+
+
+def before_the_checkpoint(rank: int) -> None:
+    """All shards are there, and nothing names them."""
+    if rank == 0:
+        around(checkpoint, "write", lambda write: lambda *given: die())
+
+
+def half_a_checkpoint(rank: int) -> None:
+    def make(write):
+        def half(self, data):
+            write(self, data[: len(data) // 2])
+            self.flush()
+            if self.tell() > 1000:
+                die()
+            return write(self, data[len(data) // 2 :]) + len(data) // 2
+
+        return half
+
+    if rank == 0:
+        around(checkpoint._Telling, "write", make)
+
+
+def full_disk(rank: int) -> None:
+    def make(write):
+        def cramped(folder, mine):
+            with no_room(5_000):
+                return write(folder, mine)
+
+        return cramped
+
+    if rank == 1:
+        around(shard_files, "write", make)
+
+
+def slow_disk(rank: int) -> None:
+    """Rank 1 writes its shard of step 4 while steps 5 and 6 are taken; all die when that of step 6 begins."""
+    go = threading.Event()
+
+    def slow(write):
+        def waits(folder, mine):
+            assert rank == 0 or go.wait(600)
+            return write(folder, mine)
+
+        return waits
+
+    def make(step):
+        def stepped(self, batch, number):
+            if rank == 1 and batch.step in (2 * EVERY, 2 * EVERY + 1):
+                assert self.writer.thread.is_alive()
+            if batch.step == 2 * EVERY + 1:
+                go.set()
+                self.writer.thread.join()
+            step(self, batch, number)
+
+        return stepped
+
+    around(shard_files, "write", slow)
+    around(StageModule, "training_step", make)
+    around(shard_files, "place", lambda place: lambda at, step: die() if step == 3 * EVERY else place(at, step))
+
+
+def some_weights(rank: int) -> None:
+    """The first file of weights/ is there."""
+
+    def make(save):
+        def saved(tensors, path, metadata):
+            save(tensors, path, metadata=metadata)
+            die()
+
+        return saved
+
+    if rank == 0:
+        around(weights, "save_file", make)
+
+
+def some_tensors(rank: int) -> None:
+    """Of those that are gathered for weights/."""
+    taken: list[int] = []
+
+    def make(gather):
+        def gathers(tensor):
+            taken.append(0)
+            return die() if len(taken) == 5 else gather(tensor)
+
+        return gathers
+
+    if rank == 1:
+        around(sharded, "gather", make)
+
+
+def full_disk_for_weights(rank: int) -> None:
+    def make(hand_off):
+        def cramped(*given, **more):
+            with no_room(FILE_BYTES // 2):
+                return hand_off(*given, **more)
+
+        return cramped
+
+    if rank == 0:
+        around(fit_room.weights, "hand_off", make)
+
+
+# -- the run -----------------------------------------------------------------------------------------------------------
+
+
+def shard(run: Path) -> Path:
+    """Rank 1's of the last checkpoint."""
+    (folder,) = (run / "checkpoints").glob("shards-*")
+    return folder / "00001-of-00002.safetensors"
+
+
+@contextlib.contextmanager
+def missing(run: Path) -> Iterator[None]:
+    path = shard(run)
+    path.rename(run / "aside")
+    yield
+    (run / "aside").rename(path)
+
+
+@contextlib.contextmanager
+def flipped(run: Path) -> Iterator[None]:
+    path = shard(run)
+    good = path.read_bytes()
+    path.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    yield
+    path.write_bytes(good)
+
+
+CASES: dict[str, Inject] = {
+    "begins": behind_the_first_checkpoint,
+    "half a shard of one": half_a_shard(1),
+    "half a shard of all": half_a_shard(0, 1),
+    "shards and no checkpoint": before_the_checkpoint,
+    "shards and half a checkpoint": half_a_checkpoint,
+    "full disk of one": full_disk,
+    "a shard is missing": lambda rank: None,
+    "a shard is another": lambda rank: None,
+    "slow disk of one": slow_disk,
+    "one file of weights": some_weights,
+    "some tensors of weights": some_tensors,
+    "full disk for weights": full_disk_for_weights,
+    "ends": lambda rank: None,
+}  # fmt: skip
+SPOILT = {"a shard is missing": missing, "a shard is another": flipped}
+
+
+def main(folder: Path, tiny: soak.Tiny) -> None:
+    def given(name: str) -> list[str]:
+        return soak.arguments(tiny, folder / name, 0, **SETTINGS)
+
+    weights.FILE_BYTES = FILE_BYTES
+    log = folder / "whole.log"
+    soak.ends_well([soak.fork(log, partial(soak.make_index, tiny, folder))], log)
+    soak.ends_well(soak.start(2, log, given("whole")), log)
+    run = folder / "killed" / soak.RUN
+    for number, (case, inject) in enumerate(CASES.items()):
+        log = folder / f"{number}.log"
+        with SPOILT.get(case, contextlib.nullcontext)(run):
+            before = {p.name: p.read_bytes() for p in run.glob("*.jsonl")}
+            codes = soak.end(soak.start(2, log, given("killed"), inject), ENDS_WITHIN_S)
+            row = {"case": case, "codes": codes, "log": log.read_text()}
+            row["untouched"] = before == {p.name: p.read_bytes() for p in run.glob("*.jsonl")}
+        last = run / "checkpoints" / checkpoint.LAST
+        saved = checkpoint.read(last)
+        shard_files.verify(last.parent, saved["shards"])
+        row |= {"step": saved["step"], "named": saved["shards"]["folder"]}
+        row |= {"there": sorted(p.name for p in last.parent.iterdir())}
+        print(json.dumps(row | {"weights": sorted(p.name for p in run.glob("weights*"))}), flush=True)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), soak.Tiny(Path(sys.argv[2])))
