@@ -21,7 +21,7 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,7 +50,7 @@ BEFORE, AFTER = 4, 11  # text slots: <|im_start|>user\n<|audio_bos|>; <|audio_eo
 WEIGHTS, LEAST_GIB = 5, 0.25  # memory of a CPU: a multiple of the weights
 OURS, EVERY, PADDED = "5 Hz", "25 Hz", "25 Hz in 30 s"
 OPTIONS = {
-    "memory_gib": 0.0, "most": 0, "rounds": 3, "device": "auto", "dtype": "auto",
+    "memory_gib": 0.0, "most": 0, "rounds": 3, "dtype": "auto",
 }  # memory_gib 0: see above; `most` samples in a batch, 0: until memory ends  # fmt: skip
 
 
@@ -202,11 +202,11 @@ def gmacs(lm: AudioLM, prompts: Pack) -> dict[str, float]:
 def batches(
     lm: AudioLM, device: torch.device, limit: float, *, rounds: int, most: int = 0, clip_s: float = CLIP_S,
     new_tokens: int = NEW_TOKENS,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Table 13: a row for each batch, until no feed has memory left, or at most `most` samples. A feed whose memory has
     ended is tried no more."""
     left = {feed.name: feed for feed in feeds(lm) if feed.name != EVERY}  # at 30 s there is nothing to pad
-    rows, batch = list[dict[str, Any]](), 1
+    batch = 1
     while left and (not most or batch <= most):
         work = {name: (feed.lm, feed.prompts(clip_s, batch)) for name, feed in left.items()}
         found = in_turn(work, new_tokens, rounds, device, limit)
@@ -220,16 +220,14 @@ def batches(
             else:
                 rate = batch / min(one.seconds)
                 row[name] = {"samples_per_s": rate, "seconds": one.seconds, "peak_gib": one.peak / GIB}
-        rows.append(row)
+        yield row
         batch *= 2
-    return rows
 
 
 def first_tokens(
     lm: AudioLM, device: torch.device, limit: float, *, rounds: int, clips_s: Sequence[float] = FIRST_S
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Figure 7: a row for each length of a clip."""
-    rows = []
     for clip_s in clips_s:
         work = {feed.name: (feed.lm, feed.prompts(clip_s, 1)) for feed in feeds(lm)}
         found = in_turn(work, 1, rounds, device, limit)
@@ -241,8 +239,7 @@ def first_tokens(
             else:
                 row[name] |= {"seconds": one.seconds, "peak_gib": one.peak / GIB}
                 row[name]["faster"] = faster(found[OURS], one)
-        rows.append(row)
-    return rows
+        yield row
 
 
 # -- tables ------------------------------------------------------------------------------------------------------------
@@ -262,32 +259,48 @@ def _times(ratio: float | None) -> str:
     return "-" if ratio is None else f"{ratio:.2f}x"
 
 
-def batches_table(rows: Sequence[Mapping[str, Any]]) -> str:
+def batches_table(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     """Markdown, in the form of Table 13, with the memory at the peak, weights included."""
     names = (OURS, PADDED)
     head = ["batch size", *(f"{name} (samples/s)" for name in names), "speedup"]
     head += [*(f"{name} (GiB)" for name in names), "memory"]
-    lines = [_line(head), "|---" * len(head) + "|"]
+    yield _line(head)
+    yield "|---" * len(head) + "|"
     for row in rows:
         rates = [_cell(row.get(name), lambda one: f"{one['samples_per_s']:.3g}") for name in names]
         peaks = [_cell(row.get(name), lambda one: f"{one['peak_gib']:.3g}") for name in names]
-        lines.append(_line([str(row["batch"]), *rates, _times(row["faster"]), *peaks, _times(row["more_memory"])]))
-    return "\n".join(lines)
+        yield _line([str(row["batch"]), *rates, _times(row["faster"]), *peaks, _times(row["more_memory"])])
 
 
-def first_tokens_table(rows: Sequence[Mapping[str, Any]]) -> str:
+def first_tokens_table(rows: Iterable[Mapping[str, Any]]) -> Iterator[str]:
     """Markdown: what Figure 7 draws. GMACs as encoder + decoder."""
     names = (OURS, EVERY, PADDED)
     head = ["audio (s)", *(f"{name} (ms)" for name in names), *(f"speedup to {name}" for name in names[1:])]
     head += [f"{name} (GMACs)" for name in names]
-    lines = [_line(head), "|---" * len(head) + "|"]
+    yield _line(head)
+    yield "|---" * len(head) + "|"
     for row in rows:
         cells = [f"{row['audio_s']:g}"]
         cells += [_cell(row[name], lambda one: f"{1e3 * min(one['seconds']):.4g}") for name in names]
         cells += [_times(row[name].get("faster")) for name in names[1:]]
         cells += ["{encoder:.4g} + {decoder:.4g}".format(**row[name]["gmacs"]) for name in names]
-        lines.append(_line(cells))
-    return "\n".join(lines)
+        yield _line(cells)
+
+
+def shown(
+    table: Callable[[Iterable[dict[str, Any]]], Iterator[str]], rows: Iterable[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Print a table row by row as they are measured, and keep them."""
+    kept = []
+
+    def each() -> Iterator[dict[str, Any]]:
+        for row in rows:
+            kept.append(row)
+            yield row
+
+    for line in table(each()):
+        print(line, flush=True)
+    return kept
 
 
 # -- the model, and the run --------------------------------------------------------------------------------------------
@@ -323,9 +336,7 @@ def settings(given: Sequence[str]) -> dict[str, Any]:
 def bench(a: argparse.Namespace) -> None:
     """Measure, print, write. Raises UserError."""
     set_ = settings(a.settings)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if set_["device"] != "auto":
-        device = torch.device(set_["device"])
+    device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
     dtype = set_["dtype"]
     if dtype == "auto":
         dtype = "float32" if device.type == "cpu" else "bfloat16"
@@ -354,10 +365,10 @@ def bench(a: argparse.Namespace) -> None:
     print(
         "; ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in told.items())
     )
-    told["batches"] = batches(lm, device, limit, rounds=set_["rounds"], most=set_["most"])
-    print(f"\n{CLIP_S:g} s of audio, {NEW_TOKENS} new tokens\n\n{batches_table(told['batches'])}", flush=True)
-    told["first_tokens"] = first_tokens(lm, device, limit, rounds=set_["rounds"])
-    print(f"\nto the first token, one clip\n\n{first_tokens_table(told['first_tokens'])}")
+    print(f"\n{CLIP_S:g} s of audio, {NEW_TOKENS} new tokens\n")
+    told["batches"] = shown(batches_table, batches(lm, device, limit, rounds=set_["rounds"], most=set_["most"]))
+    print("\nto the first token, one clip\n")
+    told["first_tokens"] = shown(first_tokens_table, first_tokens(lm, device, limit, rounds=set_["rounds"]))
     record(f"{told['weights']} on {name}", told, "infer.json")
 
 

@@ -78,13 +78,13 @@ def test_an_answer_has_all_its_tokens_even_of_a_model_that_stops(lm, monkeypatch
 
 def test_out_of_memory_is_a_row_and_later_rows_stay(lm):
     """By the peaks of a run without a limit: the padded feed ends at 4, ours goes on until its own memory ends."""
-    free = batches(lm, CPU, float("inf"), rounds=1, most=2, clip_s=2.0, new_tokens=2)
+    free = list(batches(lm, CPU, float("inf"), rounds=1, most=2, clip_s=2.0, new_tokens=2))
     assert [row["batch"] for row in free] == [1, 2]
     for row in free:
         assert row[OURS]["samples_per_s"] > 0
         assert row[PADDED]["peak_gib"] > row[OURS]["peak_gib"]
     limit = free[-1][PADDED]["peak_gib"] * 2**30 + 1
-    rows = batches(lm, CPU, limit, rounds=1, clip_s=2.0, new_tokens=2)
+    rows = list(batches(lm, CPU, limit, rounds=1, clip_s=2.0, new_tokens=2))
     sizes = [row["batch"] for row in rows]
     assert len(rows) > 4
     assert sizes == [2**n for n in range(len(rows))]
@@ -96,7 +96,7 @@ def test_out_of_memory_is_a_row_and_later_rows_stay(lm):
     assert rows[-1][OURS] == {"out_of_memory": True}
     assert all(row[OURS]["samples_per_s"] > 0 and row[OURS]["peak_gib"] * 2**30 <= limit for row in rows[:-1])
     assert not any(PADDED in row for row in rows[3:])
-    lines = infer.batches_table(rows).splitlines()
+    lines = list(infer.batches_table(rows))
     assert [line.split(" | ")[0] for line in lines[2:]] == [f"| {n}" for n in sizes]
     assert lines[4].split(" | ")[2:4] == ["out of memory", "-"]
     assert lines[5].split(" | ")[2] == "-"
@@ -118,7 +118,7 @@ def test_an_accelerator_s_error_ends_that_feed_alone_and_no_other_error_is_swall
         return run
 
     monkeypatch.setattr(infer, "generate", broken(torch.OutOfMemoryError))
-    rows = batches(lm, CPU, float("inf"), rounds=3, most=2, clip_s=1.0, new_tokens=1)
+    rows = list(batches(lm, CPU, float("inf"), rounds=3, most=2, clip_s=1.0, new_tokens=1))
     assert rows[0][PADDED] == {"out_of_memory": True}
     assert rows[0]["faster"] is None
     assert all(len(row[OURS]["seconds"]) == 3 for row in rows)
@@ -126,7 +126,7 @@ def test_an_accelerator_s_error_ends_that_feed_alone_and_no_other_error_is_swall
     seen.clear()
     monkeypatch.setattr(infer, "generate", broken(RuntimeError))
     with pytest.raises(RuntimeError, match="all gone"):
-        batches(lm, CPU, float("inf"), rounds=3, most=1, clip_s=1.0, new_tokens=1)
+        list(batches(lm, CPU, float("inf"), rounds=3, most=1, clip_s=1.0, new_tokens=1))
 
 
 def test_rounds_are_interleaved_and_ratios_are_of_a_round(lm, monkeypatch):
@@ -160,7 +160,7 @@ def test_gmacs_are_what_torch_counts(architecture, monkeypatch):
 
 
 def test_first_tokens_of_all_lengths(lm):
-    rows = first_tokens(lm, CPU, float("inf"), rounds=2)
+    rows = list(first_tokens(lm, CPU, float("inf"), rounds=2))
     assert [row["audio_s"] for row in rows] == [2, 4, 8, 16, 32]
     assert [[row[name]["slots"] for name in (OURS, EVERY, PADDED)] for row in rows[::4]] == [
         [10, 50, 750], [160, 800, 800],
@@ -169,10 +169,10 @@ def test_first_tokens_of_all_lengths(lm):
         assert all(len(row[name]["seconds"]) == 2 and min(row[name]["seconds"]) > 0 for name in (OURS, EVERY, PADDED))
     assert rows[0][PADDED]["gmacs"] == rows[3][PADDED]["gmacs"]
     assert rows[0][OURS]["gmacs"]["decoder"] < rows[3][OURS]["gmacs"]["decoder"]
-    tight = first_tokens(lm, CPU, rows[0][OURS]["peak_gib"] * 2**30 + 1, rounds=1, clips_s=(2.0,))
+    tight = list(first_tokens(lm, CPU, rows[0][OURS]["peak_gib"] * 2**30 + 1, rounds=1, clips_s=(2.0,)))
     assert "samples_per_s" not in tight[0][PADDED]
     assert tight[0][PADDED]["out_of_memory"]
-    assert infer.first_tokens_table(tight).splitlines()[-1].split(" | ")[3] == "out of memory"
+    assert list(infer.first_tokens_table(tight))[-1].split(" | ")[3] == "out of memory"
 
 
 @pytest.mark.parametrize("named", [False, True])
