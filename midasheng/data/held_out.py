@@ -6,6 +6,7 @@ Which clip stands in for which depends on the data alone, so that every validati
 from __future__ import annotations
 
 import contextlib
+import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from midasheng.data.chat import Chat
 from midasheng.data.index import CorpusIndex, Record
 from midasheng.data.loader import conversation
 from midasheng.data.plan import Budget
-from midasheng.data.storage import AT_ONCE, StorageError, Unreachable, read_many
+from midasheng.data.storage import AT_ONCE, ServerLost, StorageError, Unreachable, read_many
 from midasheng.sample import Pack, Sample, Turn, pack, unit_hash
 
 OWN, OTHER, ALIKE, NONE = KINDS = ("own", "other", "alike", "none")
@@ -74,6 +75,7 @@ class HeldOutSet:
     def __init__(self, name: str, corpora: Sequence[CorpusIndex], chat: Chat, budget: Budget, most: int) -> None:
         self.name, self.corpora, self.chat, self.budget = name, corpora, chat, budget
         self.asked: list[Asked] = []
+        self.reading: tuple[str, float] | None = None  # a record whose bytes are awaited, and since when (monotonic)
         self._choices: dict[int, Choices] = {}
         for number, corpus in enumerate(corpora):
             used: Counter[str] = Counter()
@@ -137,8 +139,11 @@ class HeldOutSet:
         for row in rows[rank::world]:
             loaded = {}
             for number in row:
-                with contextlib.suppress(Skip, StorageError, Unreachable):
-                    loaded[number] = self.sample(all_asked[number], kind, answered=answered)
+                try:
+                    with contextlib.suppress(Skip, StorageError):
+                        loaded[number] = self.sample(all_asked[number], kind, answered=answered)
+                except Unreachable as error:  # a validation over fewer records would look like any other
+                    raise ServerLost(f"a held-out record cannot be read: {error}; the same command goes on") from None
             samples = list(loaded.values())
             if samples:
                 slots = self.budget.pack_slots if answered else sum(len(s.ids) for s in samples)
@@ -152,13 +157,17 @@ class HeldOutSet:
     def sample(self, asked: Asked, kind: str, *, answered: bool = True) -> Sample:
         """One sample with the `kind` of clip; `answered` False ends it where the answer begins. Raises Skip."""
         record, clip_of = asked.record, self._clip_of(asked, kind)
-        turns = record.variants[asked.variant].turns
+        turns, card = record.variants[asked.variant].turns, self.corpora[asked.corpus].card
         clips = []
         if kind == NONE:
             turns = tuple(turn._replace(clips=0) for turn in turns)
         elif clip_of is not None and clip_of.audio:
-            clips = [decode(clip_of.audio.read(), clip_of.n_samples)]
-        card = self.corpora[asked.corpus].card
+            place = clip_of.audio
+            self.reading = (f"corpus {card.name}, shard {place.path}, key {clip_of.key}", time.monotonic())
+            try:
+                clips = [decode(place.read(), clip_of.n_samples)]
+            finally:
+                self.reading = None
         return conversation(card, record.key, turns, clips, self.chat, answered=answered, language=record.language)
 
     @property

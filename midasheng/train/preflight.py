@@ -20,6 +20,7 @@ from midasheng.model.decoder import with_vocabulary
 from midasheng.model.encoder import EncoderShape
 from midasheng.train import checkpoint, fit, memory, sharded
 from midasheng.train.order import Order, check_run_folder
+from midasheng.train.world import World
 
 T = TypeVar("T")
 CORPORA = 12  # that are shown: one screen
@@ -128,12 +129,14 @@ def preflight(order: Order) -> Preflight:
         found.add("largest pack", UNKNOWN, f"{why}: so neither memory nor a dry forward and backward")
     world = stage.hardware.devices * stage.hardware.nodes
     if world > 1:
-        found.add("ranks alike", UNKNOWN, f"one process here; all {world} compare the order of data in every step")
+        found.add(
+            "ranks alike", UNKNOWN, f"one process here; all {world} compare code, config, index, weights at start"
+        )
     return found
 
 
 def _dry(order: Order, model: AudioLM, sources: Sources) -> list[str]:
-    order = memory.pack_slots(order, sources, lambda: model)
+    order = memory.pack_slots(order, sources, lambda: model, World())
     slots = order.stage.batch.pack_slots
     assert isinstance(slots, int)
     return [line.strip() for line in memory.check(order, model, sources, sources.shape(order.stage, slots))]

@@ -193,8 +193,8 @@ def full_disk_for_weights(rank: int) -> None:
 
 def shard(run: Path) -> Path:
     """Rank 1's of the last checkpoint."""
-    (folder,) = (run / "checkpoints").glob("shards-*")
-    return folder / "00001-of-00002.safetensors"
+    named = checkpoint.read(run / "checkpoints" / checkpoint.LAST)["shards"]["folder"]
+    return run / "checkpoints" / named / "00001-of-00002.safetensors"
 
 
 @contextlib.contextmanager
