@@ -26,13 +26,27 @@ SUITE  ?=
 ONLY   ?=
 FOR    ?=
 PORT   ?=
+GPUS   ?=
+NODES  ?=
+NODE_RANK ?=
+MASTER_ADDR ?=
+MASTER_PORT ?= 29400
+VERB   ?=
+SBATCH ?=
 TASKS  ?=
 
 PY     := .venv/bin/python
 SMALL   = $(filter mini generated small,$(SCALE))
 CLIPS   = $(if $(filter generated,$(SCALE)),generated,mini)
-STAGE   = $(PY) -m stages.$(1) --scale "$(SCALE)" --runs "$(RUNS)" $(if $(CONFIG),--config "$(CONFIG)") \
+# several nodes: the same command on each of them, NODE_RANK and MASTER_ADDR as variables or in the environment
+MANY    = $(and $(filter-out 1,$(NODES)),$(NODE_RANK),$(MASTER_ADDR))
+TORCHRUN = -m torch.distributed.run --nnodes $(NODES) --nproc-per-node $(or $(GPUS),1) --node-rank $(NODE_RANK) \
+          --master-addr $(MASTER_ADDR) --master-port $(MASTER_PORT) --shutdown-timeout 300
+ORDER   = stages.$(1) --scale "$(SCALE)" --runs "$(RUNS)" $(if $(CONFIG),--config "$(CONFIG)") \
           $(if $(NAME),--name "$(NAME)") $(if $(FROM),--from "$(FROM)") $(if $(FRESH),--fresh) $(SET)
+STAGE   = $(PY) $(if $(MANY),$(TORCHRUN)) -m $(ORDER) \
+          $(if $(GPUS),hardware.devices=$(GPUS)) $(if $(NODES),hardware.nodes=$(NODES))
+MODULES = stage1=stage1_align stage2=stage2_pretrain stage3=stage3_sft
 
 ASKED   = $(if $(TASK),--task "$(TASK)") $(if $(PROMPT),--prompt "$(PROMPT)") $(if $(COLUMNS),--columns "$(COLUMNS)")
 
@@ -40,11 +54,11 @@ ASKED   = $(if $(TASK),--task "$(TASK)") $(if $(PROMPT),--prompt "$(PROMPT)") $(
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data prepare check-data preflight index finetune stage1 stage2 stage3 stages curves report watch peek audit bisect chat probe evaluate export forecast keys bench bench-infer test test-browser lint
+.PHONY: help setup data prepare check-data preflight index finetune stage1 stage2 stage3 submit stages curves report watch peek audit bisect chat probe evaluate export forecast keys bench bench-infer test test-browser lint
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
-	@echo '  variables: SCALE=mini|small|... SET="key=value ..." CONFIG=path.yaml NAME=run FROM=run RUNS=folder FRESH=1'
+	@echo '  variables: SCALE=mini|small|... SET="key=value ..." CONFIG=path.yaml NAME=run FROM=run RUNS=folder FRESH=1 GPUS=n NODES=n'
 
 setup: .venv/.done  ## Python environment in .venv (done by all others when needed)
 
@@ -76,6 +90,14 @@ stage3: setup  ## supervised fine-tuning of the whole of stage 2, LoRA on all li
 finetune: setup  ## DATA (as in prepare, or a folder that it made) -> a tuned model; from stage 2, or FROM=stage3_sft
 	@[ -n "$(DATA)" ] || { echo 'error: say on what: make finetune DATA=my.csv TASK=caption (or PROMPT="...")'; exit 2; }
 	@$(call STAGE,finetune) --data "$(DATA)" $(ASKED)
+
+submit: setup  ## VERB=stage1|stage2|stage3 as a job of Slurm on NODES x GPUS, which goes on by itself when it is preempted
+	@[ -n "$(filter $(VERB)=%,$(MODULES))" ] || { echo "error: say what: make submit VERB=stage2 NODES=10 GPUS=8 (stage1, stage2, stage3)"; exit 2; }
+	@command -v sbatch >/dev/null || { echo "error: no sbatch here; run make submit where jobs are handed in"; exit 2; }
+	@mkdir -p "$(RUNS)/$(SCALE)"
+	@sbatch --job-name "$(or $(NAME),$(VERB))" --nodes "$(or $(NODES),1)" --ntasks-per-node "$(or $(GPUS),1)" \
+	  --gpus-per-node "$(or $(GPUS),1)" --output "$(RUNS)/$(SCALE)/slurm-%j.log" $(SBATCH) configs/cluster/slurm.sh \
+	  $(call ORDER,$(patsubst $(VERB)=%,%,$(filter $(VERB)=%,$(MODULES))))
 
 stages:  ## data, then the three stages one after the other, then the curves
 	@[ -z "$(NAME)$(CONFIG)$(FROM)" ] || { echo "error: NAME, CONFIG and FROM belong to one stage: make stage1 NAME=..."; exit 2; }

@@ -199,8 +199,11 @@ class Hardware:
     """Where it runs; may change between a run and its resume."""
 
     accelerator: str = key("auto", "cpu, gpu or auto", free=True)
-    devices: int = key(1, "processes (GPUs) per node", free=True)
-    nodes: int = key(1, "nodes", free=True)
+    devices: int = key(1, "processes (GPUs) per node (make: GPUS=)", free=True)
+    nodes: int = key(1, "nodes (make: NODES=)", free=True)
+    stall_s: float = key(
+        60.0, "seconds that a rank waits for its data before rank 0's log says which record holds it up", free=True
+    )
     strategy: str = key(
         AUTO,
         "ddp: each rank holds the whole model; fsdp: ranks share weights, gradients and optimizer states (FSDP2); "

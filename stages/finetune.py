@@ -12,7 +12,7 @@ from pathlib import Path
 
 from midasheng.config import UserError
 from midasheng.train.fit import run_stage
-from midasheng.train.order import command_line, is_first
+from midasheng.train.order import command_line
 from stages.prepare import corpus_name, ordered
 from stages.stage3_sft import contract
 
@@ -33,25 +33,21 @@ def main() -> int:
     for option in ("--data", "--task", "--prompt", "--columns"):
         parser.add_argument(option, default="", required=option == "--data")
     a, rest = parser.parse_known_args()
-    folder = Path(a.data)
-    try:
+
+    def prepare() -> list[str]:
+        """The settings that name the corpus, which lies there then. Raises UserError."""
+        folder = Path(a.data)
         if not (folder / "journal.jsonl").is_file():
             folder = Path("data") / corpus_name(a.data)
-            if is_first():  # the other ranks find it prepared
-                _, report = ordered(a.data, "", str(folder), a.task, a.prompt, a.columns, "")
-                print(report.text())
+            _, report = ordered(a.data, "", str(folder), a.task, a.prompt, a.columns, "")
+            print(report.text())
         mixes = [path.stem for path in (folder / "manifests").glob("*.yaml")]
         if len(mixes) != 1:
             raise UserError(f"{folder}: preparing was not finished; make prepare DATA=... OUT={folder}")
         ours = [f"data.root={folder}/shards", f"data.manifests={folder}/manifests", f"data.mix={mixes[0]}"]
-        ours += start_of(rest)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped; the same command goes on", file=sys.stderr)
-        return 130
-    return run_stage(CONFIG, partial(contract, name="finetune"), [*ours, *rest])
+        return [*ours, *start_of(rest)]
+
+    return run_stage(CONFIG, partial(contract, name="finetune"), rest, prepare)
 
 
 if __name__ == "__main__":

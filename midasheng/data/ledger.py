@@ -18,8 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from midasheng.config import UserError
+from midasheng.data.storage import ServerLost
 
 IN_A_ROW = 100  # bad records of one corpus, one after the other
+LOST = 8  # records of one corpus that could not be reached, one after the other: it is not they, but their server
 SHARE, AT_LEAST = 0.01, 20  # bad share of a corpus' records, once so many are bad
 # data errors
 BAD = {
@@ -167,6 +169,7 @@ class Ledger:
         self.seen: Counter[str] = Counter()
         self.bad: Counter[str] = Counter()
         self.row: defaultdict[str, int] = defaultdict(int)
+        self.away: Counter[str] = Counter()  # unreachable records of a corpus since one was read
         self.reasons: Counter[tuple[str, str]] = Counter()
         if self.path.is_file():  # a resume; already trimmed
             for *_, payload in frames_of(self.path):
@@ -184,6 +187,21 @@ class Ledger:
         self.row[corpus] = 0  # the good ones between are not listed
         if any(reason in BAD for reason in reasons):
             self._stop_rules(Skipped(corpus, "the index", ", ".join(r for r in reasons if r in BAD)))
+
+    def reachable(self, trained: NDArray[np.int64], skipped: Sequence[Skipped]) -> None:
+        """Before a step is taken: raises ServerLost when its holes are no bad records, but a server that is gone. Each
+        of them was tried for two minutes; to train on without it would spend the corpus unseen."""
+        holes = iter([s for s in skipped if s.place is None])  # as their rows stand in `trained`
+        for number, *_, good in trained.tolist():
+            corpus = self.corpora[number]
+            hole = None if good else next(holes)
+            self.away[corpus] = self.away[corpus] + 1 if hole and hole.reason == "unreachable" else 0
+            if hole and self.away[corpus] >= LOST:
+                raise ServerLost(
+                    f"corpus {corpus}: {self.away[corpus]} records in a row could not be read, last {hole.key}: "
+                    "the server or mount of its shards is gone. When it is back, the same command goes on from the "
+                    "last checkpoint"
+                )
 
     def step(self, number: int, trained: NDArray[np.int64], checksum: int, skipped: Iterable[Skipped]) -> None:
         """One step of this rank: rows as in StepBatch, and the holes. Raises RottenCorpus."""

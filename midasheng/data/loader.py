@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import mmap
 import queue
 import signal
 import threading
+import time
 import zlib
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import dataclass, replace
@@ -16,7 +18,7 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 
 from midasheng import frames
 from midasheng.data.audio import Skip, decode
@@ -26,7 +28,7 @@ from midasheng.data.ledger import Skipped
 from midasheng.data.manifest import Card, ManifestError
 from midasheng.data.plan import ALL, Budget, Planned, Planner
 from midasheng.data.quarantine import REASON
-from midasheng.data.storage import StorageError, Unreachable, read_many
+from midasheng.data.storage import ServerLost, StorageError, Unreachable, read_many
 from midasheng.sample import NOT_TOLD, Pack, Sample, Turn, pack
 
 T = TypeVar("T")
@@ -145,6 +147,34 @@ class _Shares(Sampler[Share]):
             yield Share(step.number, step.share(self.rank, self.world), skipped, step.state_after)
 
 
+class Notes:
+    """What each loader process is at, where the training process can read it: shared memory, a row a process of (step,
+    corpus, record, whether its bytes are still awaited, since when); corpus -1 is none."""
+
+    def __init__(self, processes: int) -> None:
+        memory = mmap.mmap(-1, max(1, processes) * 5 * 8)  # anonymous: shared with what is forked
+        self.rows = np.frombuffer(memory, dtype=np.float64).reshape(-1, 5)
+        self.rows[:, 1] = -1
+
+    def write(self, step: int, corpus: int = -1, record: int = -1, *, awaited: bool = False) -> None:
+        """This process is now at a record; without one, at none."""
+        info = get_worker_info()
+        self.rows[info.id if info else 0] = (step, corpus, record, awaited, time.monotonic())
+
+    def where(self, step: int, corpora: Sequence[CorpusIndex]) -> str:
+        """The record that holds `step` up; else the oldest one that any process is at."""
+        rows = [(n, *row) for n, row in enumerate(self.rows.tolist()) if row[1] >= 0]
+        if not rows:
+            return "no loader process is at a record"
+        number, at, c, record, awaited, since = min(rows, key=lambda row: (row[1] != step, row[5]))
+        corpus = corpora[int(c)]
+        return (
+            f"loader process {number} {'waits for' if awaited else 'is at'} corpus {corpus.card.name}, shard "
+            f"{corpus.place(int(record)).path}, key {corpus.key(int(record))} (step {at:.0f}), since "
+            f"{time.monotonic() - since:.0f} s"
+        )
+
+
 class Tokenised(NamedTuple):
     """A record, the bytes of its audio, and its conversation (all of them where `answers: all`) tokenised. `common`:
     how many slots, its audio's among them, these share; 0 where each stands for itself."""
@@ -160,10 +190,12 @@ class Loading(Dataset[StepBatch]):
     ledger."""
 
     def __init__(
-        self, corpora: Sequence[CorpusIndex], chat: Chat, budget: Budget, without: Set[tuple[int, int]] = frozenset()
-    ) -> None:
-        """`without`: (corpus, record) of what is quarantined."""
+        self, corpora: Sequence[CorpusIndex], chat: Chat, budget: Budget, without: Set[tuple[int, int]] = frozenset(),
+        processes: int = 0,
+    ) -> None:  # fmt: skip
+        """`without`: (corpus, record) of what is quarantined; `processes`: that will load."""
         self.corpora, self.chat, self.budget, self.without = corpora, chat, budget, without
+        self.notes = Notes(processes)
 
     def __getitem__(self, share: Share) -> StepBatch:  # the sampler yields shares, not numbers
         skipped, packs = list(share.skipped), []
@@ -172,10 +204,10 @@ class Loading(Dataset[StepBatch]):
             samples: list[Sample] = []
             audio = np.empty(frames.waveform(self.budget.pack_frames), dtype=np.float32)
             used = 0
-            data = read_many([self.corpora[p.corpus].place(p.record) for p in planned])
             # all texts of a pack, then all clips: in turn, each puts the other out of the processor's caches
-            for p, text in list(zip(planned, map(self._text, planned, data), strict=True)):
+            for p, text in list(zip(planned, self._texts(share.step, planned), strict=True)):
                 corpus = self.corpora[p.corpus]
+                self.notes.write(share.step, p.corpus, p.record)
                 good = 1
                 try:
                     made = self._samples(p, text, audio[used:])  # clips are decoded to where they stay
@@ -189,9 +221,17 @@ class Loading(Dataset[StepBatch]):
             audio[used:] = 0.0
             shared = self.budget.lead_slots if samples else 0  # nothing but holes shares nothing
             packs.append(pack(samples, self.budget.pack_slots, self.chat.pad, audio, self.budget.pack_frames, shared))
+        self.notes.write(share.step)
         rows = np.asarray(trained, dtype=np.int64).reshape(-1, 4)
         numbers = tuple(n for n, _ in share.packs)
         return StepBatch(share.step, numbers, tuple(packs), tuple(skipped), share.state_after, rows, checksum)
+
+    def _texts(self, step: int, planned: Sequence[Planned]) -> Iterator[Tokenised | Skip]:
+        """Each planned sample, tokenised, as its bytes come."""
+        data = read_many([self.corpora[p.corpus].place(p.record) for p in planned])
+        for p in planned:
+            self.notes.write(step, p.corpus, p.record, awaited=True)
+            yield self._text(p, next(data))
 
     def _text(self, p: Planned, read: bytes | StorageError | Unreachable) -> Tokenised | Skip:
         """One planned sample, tokenised; or why it cannot be used."""
@@ -251,10 +291,16 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+def _once(number: int, _: object) -> None:
+    signal.signal(number, signal.SIG_DFL)
+
+
 def _worker_init(_: int) -> None:
-    """Ctrl-C belongs to the training process, which still needs its workers; one thread each, as many workers run."""
+    """A signal to stop belongs to the training process, which still needs its workers: Slurm sends it to every process
+    of a job. Only a second SIGTERM ends a worker. One thread each, as many workers run."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _once)
     torch.set_num_threads(1)
     keep_freed_memory()
 
@@ -265,7 +311,8 @@ def train_loader(
 ) -> DataLoader[StepBatch]:  # fmt: skip
     """Loader from the planner's present step to `steps` (exclusive); one item is this rank's share of one step."""
     return DataLoader(
-        Loading(corpora, chat, planner.budget, without), sampler=_Shares(planner, corpora, steps, rank, world),
+        Loading(corpora, chat, planner.budget, without, workers),
+        sampler=_Shares(planner, corpora, steps, rank, world),
         batch_size=None, num_workers=workers, worker_init_fn=_worker_init,
         prefetch_factor=prefetch if workers else None, multiprocessing_context="fork" if workers else None,
     )  # fmt: skip
@@ -277,7 +324,8 @@ def steps_ahead(workers: int, prefetch: int) -> int:
 
 
 def first_clips(planner: Planner, corpora: Sequence[CorpusIndex], count: int) -> Iterator[NDArray[np.float32]]:
-    """The first `count` clips of the plan, decoded: float32 (n_samples,) at 16 kHz. Undecodable ones are left out."""
+    """The first `count` clips of the plan, decoded: float32 (n_samples,) at 16 kHz. Undecodable ones are left out.
+    Raises ServerLost."""
     found: dict[tuple[int, int], None] = {}
     for _ in range(count):  # at most: a step brings one clip or more, and a small corpus repeats
         before = len(found)
@@ -285,7 +333,10 @@ def first_clips(planner: Planner, corpora: Sequence[CorpusIndex], count: int) ->
         if len(found) >= count or len(found) == before:
             break
     for corpus, number in list(found)[:count]:
-        with contextlib.suppress(Skip, StorageError, Unreachable):
-            record, data = corpora[corpus].read(number)
-            if record.audio:
-                yield decode(data, record.n_samples)
+        try:
+            with contextlib.suppress(Skip, StorageError):
+                record, data = corpora[corpus].read(number)
+                if record.audio:
+                    yield decode(data, record.n_samples)
+        except Unreachable as error:
+            raise ServerLost(f"one of the first clips cannot be read: {error}; the same command goes on") from None

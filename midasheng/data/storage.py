@@ -40,6 +40,10 @@ class Unreachable(Exception):
     """A range that could not be read before the deadline; the message says what the last attempt met."""
 
 
+class ServerLost(UserError):
+    """Where shards lie cannot be reached any more; the run ends before it goes on without them."""
+
+
 @dataclass(frozen=True)
 class ShardFile:
     """One shard as its storage lists it. `stamp` changes when its bytes do; empty where the storage says nothing."""
@@ -105,6 +109,12 @@ def _ask(url: str, what: str, **options: Any) -> Any:
     return getattr(system, what)(inside, **options)
 
 
+def _mount_gone(path: str) -> bool:
+    """Is a local file missing together with everything beside it? That is a mount that went away, and may come back."""
+    folder = os.path.dirname(path)
+    return not is_url(path) and not (os.path.isdir(folder) and os.listdir(folder))
+
+
 def _patiently(attempt: Callable[[], T], path: str, deadline_s: float) -> T:
     """Try again with growing pauses until the deadline."""
     until, pause = time.monotonic() + deadline_s, FIRST_PAUSE_S
@@ -115,7 +125,7 @@ def _patiently(attempt: Callable[[], T], path: str, deadline_s: float) -> T:
             # fsspec's http says FileNotFoundError for all that went wrong while it asked for a size; the cause tells
             cause = error.__cause__ if isinstance(error.__cause__, TRANSIENT) else error
             status = getattr(cause, "status", None)
-            if isinstance(cause, FileNotFoundError) or status in (404, 410):
+            if status in (404, 410) or (isinstance(cause, FileNotFoundError) and not _mount_gone(path)):
                 raise StorageError(f"{path} is not there") from None
             if isinstance(cause, PermissionError) or status in (401, 403):
                 raise StorageError(f"{path}: not allowed ({cause}); look at the credentials of this storage") from None

@@ -9,13 +9,18 @@ import os
 import shutil
 import subprocess
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Sequence, Set
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from midasheng import __version__, config
@@ -33,12 +38,13 @@ from midasheng.model.decoder import with_vocabulary
 from midasheng.model.encoder import EncoderShape
 from midasheng.model.sources import WeightsError, check_learned, check_stage, open_source
 from midasheng.sample import counter_seed
-from midasheng.train import checkpoint, memory, optim, sharded, trackers
+from midasheng.train import checkpoint, memory, optim, sharded, trackers, world
 from midasheng.train.listening import LONGEST, ListeningTest
 from midasheng.train.meter import add_event
-from midasheng.train.module import StageModule, Stopped, StopRequest
-from midasheng.train.order import Order, check_run_folder, command_line, is_first
-from midasheng.train.progress import ProgressLine, ending, stoppable
+from midasheng.train.module import StageModule
+from midasheng.train.order import Order, check_run_folder, command_line
+from midasheng.train.progress import ProgressLine, ending
+from midasheng.train.world import Elsewhere, Stopped, World, is_first, stoppable
 
 # adverts and "GPU available: False": the header of a run says what runs
 logging.getLogger("lightning.pytorch").setLevel(logging.WARNING)
@@ -223,12 +229,26 @@ def shared(lead: int, corpora: Sequence[CorpusIndex]) -> str:
     return "; ".join(parts)
 
 
-def fit(order: Order) -> None:
-    """Run one stage to its end or to a stop. Nothing is written before every check has passed.
+def words(order: Order, inputs: dict[str, Any], state: str, without: Set[tuple[int, int]]) -> dict[str, str]:
+    """What all processes of a run must see alike: what -> it, or its fingerprint."""
+    settings = config.flat(dataclasses.asdict(order.stage))
+    return {
+        "code": world.code_fingerprint(), **{name: json.dumps(value) for name, value in settings.items()},
+        "index or plan": world.short(inputs["plan"]), "weights to start from": world.short(inputs["parents"]),
+        "state of the run folder": state, "quarantine": world.short(sorted(without)),
+    }  # fmt: skip
+
+
+def fit(order: Order, ranks: World | None = None) -> None:
+    """Run one stage to its end or to a stop, as one of `ranks`. Nothing is written before every check has passed.
 
     Raises UserError for mistakes of the user, Stopped after Ctrl-C (a checkpoint is there then).
     """
-    folder, first = order.folder, is_first()
+    ranks = ranks or World()
+    folder, first = order.folder, ranks.first
+    asked = order.stage.hardware.devices * order.stage.hardware.nodes
+    assert ranks.size == asked, f"{ranks.size} processes, hardware.devices x hardware.nodes is {asked}"
+    ranks.stall_s = order.stage.hardware.stall_s
     config.check_start(order.stage)
     trackers.check(order.stage.log.trackers)
     kernels = verified(order.stage)  # first: memory is measured with them
@@ -236,10 +256,14 @@ def fit(order: Order) -> None:
         torch.set_num_threads(order.stage.hardware.threads)
     keep_freed_memory()  # what a step computes is as large as what the last one freed
     starts = open_starts(order)  # before data: an index of many shards takes long
-    sources = open_data(order.stage, make=first)
+    if first:
+        sources = open_data(order.stage, make=True)
+    ranks.of_first("the index", lambda: None)  # is made
+    if not first:
+        sources = open_data(order.stage, make=False)
     for start in starts:
         weights.check_tokenizer(start, sources.chat.fingerprint())
-    order = memory.pack_slots(order, sources, lambda: measurable(order, starts, sources.chat.added))
+    order = memory.pack_slots(order, sources, lambda: measurable(order, starts, sources.chat.added), ranks)
     stage = order.stage
     data = plan_data(stage, sources)
     planner = data.planner(stage.run.seed)
@@ -247,7 +271,9 @@ def fit(order: Order) -> None:
     state = "new" if order.fresh else check_run_folder(order, inputs)
     without = records([] if order.fresh else quarantined(folder), data.corpora)
     if state == "finished":
-        print(f"{folder} is finished (NAME=... for another run, FRESH=1 to train it again)")
+        ranks.alike(words(order, inputs, state, without))
+        if first:
+            print(f"{folder} is finished (NAME=... for another run, FRESH=1 to train it again)")
         return
     model, table, plan = build(order, starts, sources.chat.added)
     kind = sharded.chosen(stage.hardware, model)
@@ -259,6 +285,7 @@ def fit(order: Order) -> None:
             probe.read_tasks(Path(stage.data.probe), Path(stage.data.root))
         except UserError as error:
             raise ConfigError(f"data.probe: {error}; or write data.probe='' for none") from None
+    ranks.alike(words(order, inputs, state, without))
     if first:
         print(text)
         if order.fresh:
@@ -268,12 +295,13 @@ def fit(order: Order) -> None:
         (folder / "inputs.json").write_text(json.dumps(inputs, indent=2) + "\n", encoding="utf-8")
         # last: from here on the folder is a run
         (folder / "config.yaml").write_text(order.loaded.yaml(), encoding="utf-8")
-    train(order, data, planner, model, plan, inputs, without)
+    ranks.gather("the run folder")  # is made
+    train(order, data, planner, model, plan, inputs, ranks, without)
 
 
 def train(
     order: Order, data: DataRoom, planner: Planner, model: AudioLM, plan: adapt.LoraPlan | None, inputs: dict[str, Any],
-    without: Set[tuple[int, int]] = frozenset(),
+    ranks: World, without: Set[tuple[int, int]] = frozenset(),
 ) -> None:  # fmt: skip
     """Train from step 0 or from the checkpoint, then write weights/. `without`: what is quarantined."""
     stage, folder, hardware = order.stage, order.folder, order.stage.hardware
@@ -286,11 +314,13 @@ def train(
         planner.restore(saved["plan"])
     else:
         calibrate(model, stage, data)
-    stop = StopRequest()
     module = StageModule(
         model, stage, data.course, [c.card for c in data.corpora],
-        ListeningTest(data.held_out, folder, stage.data.answers, stage.log.answers), folder, stop, saved,
+        ListeningTest(data.held_out, folder, stage.data.answers, stage.log.answers), folder, ranks.stop, saved,
     )  # fmt: skip
+    # behind it nobody reads any more what the first process is about to trim
+    ranks.alike({"weights": world.short([module.start_digests, module.base]), "checkpoint": f"step {module.done}"})
+    ranks.tell, ranks.waits, steps_done = partial(tell, module), module.waits, module.done
     told: list[Logger] = []
     if is_first():
         settings = config.flat(dataclasses.asdict(stage))
@@ -303,16 +333,19 @@ def train(
         strategy=sharded.strategy(kind, hardware),
         max_epochs=1, use_distributed_sampler=False, precision="32-true", limit_val_batches=0, num_sanity_val_steps=0,
         enable_checkpointing=False, enable_model_summary=False, enable_progress_bar=False,
-        callbacks=[ProgressLine()] if stage.log.progress else [],
+        callbacks=[Fails(ranks), *([ProgressLine()] if stage.log.progress else [])],
+        plugins=[TorchElasticEnvironment() if ranks.size > 1 else LightningEnvironment()],
         logger=[TensorBoardLogger(folder, name="", version="tensorboard"), *told],
     )  # fmt: skip
-    steps_done = saved["step"] if saved else 0
+    # its handler of SIGTERM broadcasts within the signal, whatever collective the others are in
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
     if is_first():
         trim(folder, steps_done if saved else -1)
         drop_after(folder / "events.jsonl", steps_done + 1 if saved else -1)
         if not saved:  # killed before its first checkpoint
             for name in ("metrics.jsonl", "speed.jsonl", "answers.jsonl"):
                 (folder / name).unlink(missing_ok=True)
+    ranks.gather("the trimmed run folder")
     module.planner = planner
     module.ledger = Ledger(folder, trainer.global_rank, [c.card.name for c in data.corpora])
     for corpus in data.corpora:
@@ -331,9 +364,16 @@ def train(
             planner, data.corpora, data.chat, data.course.steps, rank=trainer.global_rank, world=trainer.world_size,
             workers=hardware.workers, prefetch=hardware.prefetch, without=without,
         )  # fmt: skip
+        notes = loader.dataset.notes  # type: ignore[attr-defined]
+        module.data_at = lambda step: notes.where(step, data.corpora)
         del saved
-        with stoppable(stop), module.writer:
-            trainer.fit(module, loader)
+        with stoppable(ranks.stop, voting=True), module.writer:
+            try:
+                trainer.fit(module, loader)
+            except Exception as error:
+                if (explained := in_words(error, module.done)) is error:
+                    raise
+                raise explained from error
         module.restore_rest()  # where no step was left to train
     if trainer.is_global_zero:
         record = {
@@ -380,21 +420,109 @@ def calibrate(model: AudioLM, stage: Stage, data: DataRoom) -> None:
         model.audio_encoder.init_bn.calibrate(model.audio_encoder.log_mel(torch.from_numpy(c)) for c in clips)
 
 
-def run_stage(default: str, contract: Callable[[Stage], None], argv: Sequence[str] | None = None) -> int:
-    """A stage's whole main: mistakes of the user end in one clear line and exit status 2, a stop in 130."""
+class OutOfMemory(UserError, MemoryError):
+    """A step did not fit."""
+
+
+def in_words(error: Exception, step: int) -> Exception:
+    """An error of a machine as one that says what to do; any other as it is."""
+    text, goes_on = str(error), "the same command goes on from the last checkpoint"
+    if isinstance(error, UserError):
+        return error
+    if isinstance(error, memory.OUT_OF_MEMORY) or "can't allocate memory" in text:
+        return OutOfMemory(
+            f"step {step}: out of memory ({world.last_line(error)}); {goes_on}, with less of it: "
+            "hardware.recompute=[audio_encoder,decoder], more devices, fewer hardware.workers"
+        )
+    if "DataLoader worker" in text and ("killed by signal" in text or "exited unexpectedly" in text):
+        return UserError(
+            f"step {step}: a loader process was killed ({text.splitlines()[0]}), most often for want of memory; "
+            f"{goes_on}, hardware.workers may be lower"
+        )
+    return error
+
+
+def tell(module: StageModule, event: dict[str, Any]) -> None:
+    """A row of events.jsonl at the last checkpoint, where a resume begins: it keeps what stands there."""
+    if is_first():
+        add_event(module.run, {"step": module.saved, "at_step": module.done} | event)
+
+
+class Fails(L.Callback):
+    """Says an error to the other ranks before anything is torn down, where it might hang."""
+
+    def __init__(self, ranks: World) -> None:
+        self.ranks = ranks
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """A stop is none: all ranks have voted for it."""
+        assert isinstance(pl_module, StageModule)
+        if isinstance(exception, Exception):
+            explained = in_words(exception, pl_module.done)
+            self.ranks.fail(world.last_line(explained), of_a_collective=world.broken_collective(exception))
+
+
+def run_stage(
+    default: str, contract: Callable[[Stage], None], argv: Sequence[str] | None = None,
+    prepare: Callable[[], list[str]] | None = None,
+) -> int:  # fmt: skip
+    """A stage's whole main. `prepare`: done first by one process; the settings that it gives are those of all.
+
+    Exit status: 2 with one clear line for mistakes of the user, 130 for Ctrl-C, 75 for a stop that SIGTERM or SIGUSR1
+    asked for, 1 where another process failed. Where the config asks for several processes and no launcher has started
+    them, they are started here.
+    """
+    ranks, status = World(), 1
     try:
-        order = command_line(default, argv)
-        contract(order.stage)
-        fit(order)
+        with stoppable(ranks.stop):
+            order = command_line(default, argv)
+            contract(order.stage)
+            hardware = order.stage.hardware
+            if hardware.devices * hardware.nodes > 1 and world.launched() is None:
+                if hardware.nodes > 1:
+                    raise UserError(
+                        f"hardware.nodes={hardware.nodes}: give the same command on every node, with "
+                        f"NODES={hardware.nodes} GPUS={hardware.devices} NODE_RANK=0 (1, 2, ...) "
+                        "MASTER_ADDR=first-node, or `make submit`"
+                    )
+                status = world.start_here(hardware.devices)
+                return status
+            ranks = world.join(ranks.stop)
+            ranks.begin()
+            if prepare:
+                rest = sys.argv[1:] if argv is None else argv
+                order = command_line(default, [*ranks.of_first("the data", prepare), *rest])
+            fit(order, ranks)
+            ranks.of_first("the end", lambda: None)
+        status = 0
+    except Elsewhere:
+        pass
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+        status = 2
+        ranks.fail(world.last_line(error))
+        if ranks.size == 1:
+            print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("interrupted outside a step; the same command goes on, or begins again", file=sys.stderr)
-        return 130
-    except Stopped:
-        if is_first():
-            saved = order.folder / "checkpoints" / checkpoint.LAST
-            print(f"stopped; {saved} holds everything: the same command goes on from there")
-        return 130
-    return 0
+        status = world.INTERRUPTED
+        ranks.fail("interrupted outside a step")
+        if ranks.first:
+            print("interrupted outside a step; the same command goes on, or begins again", file=sys.stderr)
+    except Stopped as stopped:
+        status = world.PREEMPTED if stopped.preempted else world.INTERRUPTED
+        if not stopped.voted:
+            ranks.fail("a signal stopped it outside of training")
+        else:
+            if ranks.first:
+                saved = order.folder / "checkpoints" / checkpoint.LAST
+                print(f"stopped; {saved} holds everything: the same command goes on from there")
+            with suppress(Elsewhere):  # a launcher that sees one process end may end rank 0, which writes
+                ranks.of_first("the end", lambda: None)
+    except BaseException as error:
+        ranks.fail(world.last_line(error), of_a_collective=world.broken_collective(error))
+        if ranks.size == 1:
+            raise
+        if ranks.guilty in (-1, ranks.rank):
+            traceback.print_exception(error)
+    finally:
+        ranks.leave(status)
+    return status

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import math
 import os
-import time
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -27,14 +26,14 @@ from midasheng.data.room import Sources
 from midasheng.model.audio_lm import AudioLM
 from midasheng.sample import NO_TARGET, Pack, Sample, pack
 from midasheng.train import optim
-from midasheng.train.order import Order, is_first
+from midasheng.train.order import Order
+from midasheng.train.world import World
 
 ALLOWED = 0.9  # of the memory: allocators fragment it, and libraries keep workspaces of their own
 TRIED = ((0.25, 0.25), (0.25, 0.5), (0.375, 0.375), (0.5, 0.5))  # (frames, slots) as parts of a full pack
 LEAST_TRIED = 2048  # slots of a full pack, where its size is to be found
 LOOK = 8  # steps of the plan whose packs say how many targets there are
 MOST_UNITS, MOST_PACKS = 2**12, 2**12  # of slots, packs of a step: beyond them nothing is proposed
-WAIT_S = 600.0  # for the first process to find the size of a pack
 GIB = 2**30
 OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
@@ -279,18 +278,16 @@ def measured(lm: AudioLM, order: Order, sources: Sources, shape: Budget) -> Iter
             torch.cuda.empty_cache()
 
 
-def pack_slots(order: Order, sources: Sources, build: Callable[[], AudioLM]) -> Order:
-    """The order with a number for batch.pack_slots=auto: that of the run folder; for a new run, what memory allows.
-    Raises UserError."""
+def pack_slots(order: Order, sources: Sources, build: Callable[[], AudioLM], ranks: World) -> Order:
+    """The order with a number for batch.pack_slots=auto: that of the run folder; for a new run, what memory allows on
+    the first process. Raises UserError."""
     stage, saved = order.stage, order.folder / "config.yaml"
     if stage.batch.pack_slots != AUTO:
         return order
-    late = time.monotonic() + WAIT_S
-    while not is_first() and not saved.is_file() and time.monotonic() < late:  # the first process decides
-        time.sleep(0.2)
-    if saved.is_file() and not (is_first() and order.fresh):
-        found = config.saved(saved)["batch.pack_slots"]
-    else:
+
+    def found() -> Any:
+        if saved.is_file() and not order.fresh:
+            return config.saved(saved)["batch.pack_slots"]
         limit = allowed(stage, device_of(stage))
         if not limit:
             raise ConfigError(f"batch.pack_slots={AUTO}: on a CPU say how much there is: hardware.memory_gib=...")
@@ -301,8 +298,9 @@ def pack_slots(order: Order, sources: Sources, build: Callable[[], AudioLM]) -> 
                 if fits is None:
                     raise UserError(f"batch.pack_slots={AUTO}: {_too_much(order, shape, memory.state, limit, None)}")
                 shape = fits
-        found = shape.pack_slots
-    batch = dataclasses.replace(stage.batch, pack_slots=found)
+        return shape.pack_slots
+
+    batch = dataclasses.replace(stage.batch, pack_slots=ranks.of_first("the size of a pack", found))
     origin = order.loaded.origin | {"batch.pack_slots": f"{AUTO}: what memory allowed"}
     return dataclasses.replace(order, loaded=config.Loaded(dataclasses.replace(stage, batch=batch), origin))
 

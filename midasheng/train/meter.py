@@ -181,6 +181,9 @@ EVENTS = {
     # a step was not taken: its number in plan and ledger, how many in a row, and what its packs held (skips.references)
     "step skipped": {"number", "because", "grad_norm", "in_a_row", "packs"},
     "stop": set(),  # somebody asked for it
+    # a rank waits for data too long, or fails and the run ends; `step`: of the last checkpoint, where it will go on
+    "stall": {"at_step", "rank", "at"},
+    "failed": {"at_step", "rank", "error"},
     "handed off": set(),  # weights/ is written
 }
 

@@ -6,7 +6,7 @@ import contextlib
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,19 +32,8 @@ from midasheng.train import checkpoint, shard_files, sharded
 from midasheng.train.listening import ListeningTest
 from midasheng.train.meter import Meter, MetricsFile, Speed, add_event, by_group, memory_gib
 from midasheng.train.optim import clip, learning_rate, optimizer
-from midasheng.train.order import is_first
 from midasheng.train.skips import NotFinite, Skips, references
-
-
-class Stopped(Exception):
-    """Raised between steps after a checkpoint was written because the user asked for a stop."""
-
-
-@dataclass
-class StopRequest:
-    """Somebody wants the run to stop between two steps."""
-
-    requested: bool = False
+from midasheng.train.world import ASKED_BY_MACHINE, Stopped, StopRequest, Waiting, is_first
 
 
 class Read(NamedTuple):
@@ -82,7 +71,7 @@ class StageModule(L.LightningModule):
         self.test, self.stop = test, stop
         self.meter = Meter(corpora, sorted({language for card in cards for language in card.languages}))
         self.tasks, self.skips = {card.name: card.task for card in cards}, Skips(stage.optim)
-        self.done = 0
+        self.done, self.saved = 0, 0  # finished steps; those that the last checkpoint of this process holds
         self.began, self.seconds = time.monotonic(), 0.0  # training up to the last checkpoint, over all resumes
         self.plan_state: dict[str, Any] = {}
         self.planner: Planner | None = None
@@ -90,6 +79,8 @@ class StageModule(L.LightningModule):
         self.shown: dict[str, float] = {}  # for the progress line
         self.ledger: Ledger | None = None
         self.best: dict[str, float] | None = None  # step and val_loss of the lowest validation loss
+        self.data_at: Callable[[int], str] = lambda step: "?"  # which record holds the data of a step up
+        self.left: float | None = None  # when the training thread went to fetch the next batch
         self.base = checkpoint.base_digests(model)
         self.optimizer_saved: dict[str, Any] | None = None  # until the optimizer is there
         if saved is None:
@@ -143,10 +134,14 @@ class StageModule(L.LightningModule):
     def training_step(self, batch: StepBatch, batch_idx: int) -> None:
         """One optimizer step over this rank's packs. The loss is the sum of token losses over the targets of the whole
         global step: actual counts, summed before the first backward and left on the device until its end."""
+        assert self.ledger is not None
         assert batch.step == self.done, f"step {self.done} expected, the loader brought {batch.step}"
+        assert self.left is not None
         self.speed.waited(time.monotonic() - self.left)
+        self.left = None
+        self.ledger.reachable(batch.trained, batch.skipped)
         world, digest = self.trainer.world_size, float(batch.state_after["digest"])
-        counts = [sum(sum(p.targets) for p in batch.packs), float(self.stop.requested), digest, *self.writer.votes]
+        counts = [sum(sum(p.targets) for p in batch.packs), self.stop.requested, digest, *self.writer.votes]
         sums_5 = self._reduced(torch.tensor(counts, dtype=torch.float64, device=self.device))
         # DDP takes the mean over ranks: x world makes it the sum
         scale = world / sums_5[0].clamp(min=1)
@@ -179,8 +174,17 @@ class StageModule(L.LightningModule):
                 self.meter.add(pack, loss_S)
         self.done, self.plan_state = batch.step + 1, batch.state_after
         self.writer.count(read.written, read.unwritten)
-        self._after_step(batch, read.norm, self.stage.optim.lr * rate, bool(read.stop))
+        self._after_step(batch, read.norm, self.stage.optim.lr * rate, read.stop)
         self.left = time.monotonic()
+
+    def waits(self) -> Waiting | None:
+        """For the watch: what the training thread waits for, a batch or a held-out record."""
+        if (left := self.left) is not None and self.done < self.course.steps:
+            return Waiting(f"the data of step {self.done}", left, lambda: self.data_at(self.done))
+        for asked in self.test.sets:
+            if (reading := asked.reading) is not None:
+                return Waiting("a held-out record", reading[1], partial(str, reading[0]))
+        return None
 
     # -- inside a step ----------------------------------------------------------------------------------------------
 
@@ -239,7 +243,7 @@ class StageModule(L.LightningModule):
             )
         return batch.not_taken("step not taken")
 
-    def _after_step(self, batch: StepBatch, norm: float, lr: float, stop: bool) -> None:
+    def _after_step(self, batch: StepBatch, norm: float, lr: float, stop: float) -> None:
         """Files, validation, checkpoint, stop: all between steps."""
         assert self.ledger is not None
         self.ledger.step(batch.step, batch.trained, batch.checksum, batch.skipped)
@@ -262,7 +266,7 @@ class StageModule(L.LightningModule):
             self.writer.wait()
             if self.trainer.global_rank == 0:
                 add_event(self.run, {"step": self.done, "event": "stop"})
-            raise Stopped
+            raise Stopped(preempted=stop >= ASKED_BY_MACHINE, voted=True)
 
     def _follow_mix_file(self) -> None:
         """When the user has written mix.yaml into the run folder: draw in its shares, on all ranks from one step on."""
@@ -347,7 +351,7 @@ class StageModule(L.LightningModule):
         waited = round(time.monotonic() - began, 3)
 
         def written(size: int) -> None:
-            seconds = round(time.monotonic() - began, 3)
+            seconds, self.saved = round(time.monotonic() - began, 3), content["step"]
             add_event(self.run, event | {"seconds": seconds, "waited": waited, "bytes": size})
             shard_files.forget(self.last.parent)
 
@@ -362,7 +366,7 @@ class StageModule(L.LightningModule):
         checkpoint.restore(self.model, saved, self.last, shards=False)
         self.optimizer_saved = saved
         self.done, self.plan_state, self.start_digests = saved["step"], saved["plan"], saved["start_digests"]
-        self.seconds, self.best = saved["seconds"], saved["best"]
+        self.saved, self.seconds, self.best = self.done, saved["seconds"], saved["best"]
         self.skips.restore(saved["skips"])
         # the sums were reduced: one rank carries them on; with other corpora (a restarted plan) they begin again
         if is_first() and saved["corpora"] == list(self.meter.corpora):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 from midasheng import config
 from midasheng.config import ConfigError, Loaded, Stage
 from midasheng.data.plan import differences
+from midasheng.train.world import launched
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,13 @@ def command_line(default: str, argv: Sequence[str] | None = None) -> Order:
     a = parser.parse_intermixed_args(argv)
     path = Path(a.config or default)
     loaded = config.load(path, a.scale, a.settings)
+    if at := launched():  # the launcher has decided
+        for name, value in (("devices", at.here), ("nodes", at.nodes)):
+            asked = getattr(loaded.stage.hardware, name)
+            if loaded.origin.get(f"hardware.{name}") == "command line" and asked != value:
+                raise ConfigError(f"hardware.{name}={asked}: {at.size} processes were started, {at.here} on a node")
+        started = [f"hardware.devices={at.here}", f"hardware.nodes={at.nodes}"]
+        loaded = config.load(path, a.scale, [*a.settings, *started])
     return Order(loaded, Path(a.runs), a.scale, a.name or path.stem, a.start_from, a.fresh)
 
 
@@ -62,13 +69,6 @@ def require(good: bool, message: str) -> None:
 def trains(stage: Stage, part: str) -> bool:
     """Does the stage train tensors of this part (audio_encoder, audio_projector, decoder) themselves, not by LoRA?"""
     return any(glob.split(".")[0] in (part, "*") for glob in stage.train)
-
-
-def is_first() -> bool:
-    """Is this the process that writes? Lightning starts the others with LOCAL_RANK set, and knows a node as NODE_RANK;
-    torchrun as GROUP_RANK: by LOCAL_RANK alone each node would have a writer."""
-    ranks = ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK")
-    return all(int(os.environ.get(name, "0")) == 0 for name in ranks)
 
 
 def check_run_folder(order: Order, inputs: dict[str, Any]) -> str:

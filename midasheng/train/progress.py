@@ -1,13 +1,11 @@
-"""What a person sees and does while a stage trains: the progress line, Ctrl-C, and the summary at the end."""
+"""What a person sees while a stage trains: the progress line, and the summary at the end."""
 
 from __future__ import annotations
 
 import json
-import signal
 import sys
 import time
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,27 +14,7 @@ from tqdm import tqdm
 
 from midasheng.train.listening import answer_table, verdict
 from midasheng.train.meter import clock, read_metrics
-from midasheng.train.module import StageModule, StopRequest
-from midasheng.train.order import is_first
-
-
-@contextmanager
-def stoppable(stop: StopRequest) -> Iterator[None]:
-    """Ctrl-C or SIGTERM asks for a stop between steps; a second one ends the process at once."""
-
-    def on_signal(number: int, _: object) -> None:
-        if is_first():
-            print("\nstopping at the end of a step (again: at once, back to the last checkpoint)", flush=True)
-        stop.requested = True
-        signal.signal(number, signal.SIG_DFL)
-
-    before = {s: signal.signal(s, on_signal) for s in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
+from midasheng.train.module import StageModule
 
 SAID = (  # values of a row -> how they are said; what comes first is seen in a narrow terminal too
     (("loss",), "loss {:.3f}"),

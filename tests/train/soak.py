@@ -228,9 +228,9 @@ def soak(folder: Path, rounds: int, seed: int, strategy: str, tiny: Tiny) -> Non
 
 
 def same_world(folder: Path, world: int, tiny: Tiny) -> None:
-    """An unbroken run, and one that is killed behind its first checkpoint; both on as many processes."""
+    """An unbroken run, whose first process makes the index while the others wait, and one that is killed behind its first
+    checkpoint; both on as many processes."""
     length, log = {"run__length": "12 steps"}, folder / "whole.log"
-    ends_well([fork(log, partial(make_index, tiny, folder))], log)
     ends_well(start(world, log, arguments(tiny, folder / "whole", 0, **length)), log)
     given, log = arguments(tiny, folder / "killed", 0, **length), folder / "killed.log"
     killed(folder / "killed", world, given, log, at=EVERY + 1, later_s=0.0, victim=None)

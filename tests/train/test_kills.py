@@ -57,8 +57,8 @@ def test_all_hear_of_a_disk_that_is_full_for_one(rows):
     """Nobody waits for ever; what was written for nothing is taken away."""
     row = rows["full disk of one"]
     assert row["codes"] == [2, 2]
-    words = r"error: rank 1: the checkpoint of step 4 could not be written to .*: .*File too large.*"
-    assert len(re.findall(words + r"last.ckpt of step 2 is whole\. Make room", row["log"])) == 2
+    words = r"error: rank \d \(.*\): rank 1: the checkpoint of step 4 could not be written to .*: .*File too large.*"
+    assert len(re.findall(words + r"last.ckpt of step 2 is whole\. Make room", row["log"])) == 1  # rank 0 says it
     assert [name for name in row["there"] if name.startswith("shards-")] == ["shards-00000002"]
 
 
@@ -68,7 +68,7 @@ def test_all_hear_of_a_disk_that_is_full_for_one(rows):
 def test_shards_that_are_not_those_of_the_checkpoint_are_refused_by_all(rows, case, words):
     row = rows[case]
     assert row["codes"] == [2, 2]
-    assert row["log"].count(f"00001-of-00002.safetensors {words}") == 2
+    assert row["log"].count(f"00001-of-00002.safetensors {words}") == 1  # rank 0 says it
     assert row["untouched"] or case != "a shard is missing"
 
 

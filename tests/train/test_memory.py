@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from torch.distributed import TCPStore
 
 from benchmarks.compute import allocated
 from midasheng import config, frames
@@ -28,6 +29,7 @@ from midasheng.train import memory, optim
 from midasheng.train.memory import GIB, Dearest, Fit, Memory, full_pack, peak_bytes
 from midasheng.train.meter import read_metrics
 from midasheng.train.module import StageModule, Stopped
+from midasheng.train.world import World
 from tests.conftest import (
     Tiny,
     flac,
@@ -512,20 +514,17 @@ def test_two_processes_train_with_what_the_first_found(tiny, tmp_path):
     assert slots_of(folder) % 256 == 0
 
 
-def test_another_process_waits_for_the_first(tiny, tmp_path, monkeypatch):
+def test_another_process_waits_for_the_first(tiny, tmp_path):
     """It never decides, also where the folder of a former run is to be written over."""
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setattr(memory, "WAIT_S", 20.0)
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    first, other = World(0, 2, store), World(1, 2, store)
     order = order_for("stage1_align", tiny, tmp_path, fresh=True, **AUTO)
     sources = open_data(order.stage, make=True)
-
-    def found() -> None:
-        order.folder.mkdir(parents=True)
-        (order.folder / "config.yaml").write_text("batch.pack_slots: 768\n")
-
-    timer = threading.Timer(0.7, found)
+    order.folder.mkdir(parents=True)
+    (order.folder / "config.yaml").write_text("batch.pack_slots: 512\n")  # of a former run
+    timer = threading.Timer(0.7, lambda: first.of_first("the size of a pack", lambda: 768))
     timer.start()
-    settled = memory.pack_slots(order, sources, lambda: pytest.fail("built a model"))
+    settled = memory.pack_slots(order, sources, lambda: pytest.fail("built a model"), other)
     timer.join()
     assert settled.stage.batch.pack_slots == 768
 

@@ -7,7 +7,7 @@ import torch
 from torch.overrides import TorchFunctionMode
 
 from midasheng.train.module import StageModule
-from midasheng.train.order import is_first
+from midasheng.train.world import is_first
 from tests.conftest import run_stage
 
 WAITS = {
@@ -80,13 +80,13 @@ def test_what_would_wait_is_counted():
 @pytest.mark.parametrize(
     ("ranks", "writes"),
     [
-        ({}, True), ({"LOCAL_RANK": "0", "NODE_RANK": "0"}, True), ({"LOCAL_RANK": "1"}, False),
-        ({"LOCAL_RANK": "0", "NODE_RANK": "1"}, False), ({"LOCAL_RANK": "0", "GROUP_RANK": "1"}, False),
+        ({}, True), ({"RANK": "0", "LOCAL_RANK": "0", "GROUP_RANK": "0"}, True), ({"RANK": "1"}, False),
+        ({"RANK": "8", "LOCAL_RANK": "0", "GROUP_RANK": "1"}, False),
     ],
 )  # fmt: skip
 def test_one_process_of_all_nodes_writes(ranks, writes, monkeypatch):
-    """Whoever started them: torchrun names the node GROUP_RANK."""
-    for name in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK"):
+    """The first of another node has LOCAL_RANK 0, too."""
+    for name in ("RANK", "LOCAL_RANK", "GROUP_RANK"):
         monkeypatch.delenv(name, raising=False)
     for name, value in ranks.items():
         monkeypatch.setenv(name, value)

@@ -687,7 +687,7 @@ def test_what_happens_to_a_run_stands_in_events_once(tiny, tmp_path, monkeypatch
     first = [(0, "start"), (2, "checkpoint"), (2, "stop"), (2, "resume"), (3, "checkpoint")]
     assert seen == first
     run_stage("stage1_align", tiny, tmp_path, **more)
-    end = [(3, "resume"), (6, "checkpoint"), (8, "checkpoint"), (8, "handed off")]
+    end = [(3, "failed"), (3, "resume"), (6, "checkpoint"), (8, "checkpoint"), (8, "handed off")]
     assert happened(folder) == first + end
     rows = all_events(folder)
     assert [r for r in rows if r["event"] == "resume"] == [
