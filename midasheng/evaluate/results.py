@@ -207,7 +207,7 @@ def table(told: dict[str, Any]) -> str:
     columns = ["task", "number", "value", "interval", "chance", "paper", "published", *counted, "scorer, normaliser"]
     lines = [
         f"# {told['suite']}", "",
-        "; ".join(f"{key} {str(value)[:16]}" for key, value in told["made"].items()) + ".",
+        "; ".join(f"{key} {value[:16] if key == 'weights' else value}" for key, value in told["made"].items()) + ".",
         f"In percent; interval: {told['interval']}. `chance` is had without hearing, `paper` follows",
         "the authors' protocol, `published` is what they report of their 7B. All else is in results.json.", "",
         "| " + " | ".join(columns) + " |", "|---" * len(columns) + "|",

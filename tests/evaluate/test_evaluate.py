@@ -136,6 +136,7 @@ def test_a_run_becomes_a_table(whole, capsys):
     table = (whole / "results.md").read_text()
     assert table.count("\n| ") == 5
     assert "- gone: no " in table
+    assert f"model {told['made']['model']}; weights {told['made']['weights'][:16]}; " in table
     # untrained answers do not end by themselves: all are cut, and the table says so
     rows = read_rows(whole / ANSWERS)
     assert max(r.new_tokens for r in rows if r.task == "files") == told["tasks"]["files"]["limit"] == 5
