@@ -18,13 +18,16 @@ from midasheng.data.chat import Chat
 from midasheng.data.index import CorpusIndex, Record
 from midasheng.data.loader import conversation
 from midasheng.data.plan import Budget
-from midasheng.data.storage import ServerLost, StorageError, Unreachable
-from midasheng.sample import Pack, Sample, pack, unit_hash
+from midasheng.data.storage import AT_ONCE, ServerLost, StorageError, Unreachable, read_many
+from midasheng.sample import Pack, Sample, Turn, pack, unit_hash
 
 OWN, OTHER, ALIKE, NONE = KINDS = ("own", "other", "alike", "none")
 MOST_READ = 4_096  # training records that are read to see which questions are closed
 MOST_ANSWERS = 12  # a question with more different answers than this in training is not a closed one
 TOGETHER = 8  # prompts that are answered together, at most: the same on any number of ranks, and something for each
+
+
+Choices = dict[str, tuple[str, ...]]  # closed question -> its answers in training
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ class HeldOutSet:
         self.name, self.corpora, self.chat, self.budget = name, corpora, chat, budget
         self.asked: list[Asked] = []
         self.reading: tuple[str, float] | None = None  # a record whose bytes are awaited, and since when (monotonic)
-        self._choices: dict[int, dict[str, tuple[str, ...]]] = {}
+        self._choices: dict[int, Choices] = {}
         for number, corpus in enumerate(corpora):
             used: Counter[str] = Counter()
             for place, record in enumerate(corpus.held_out[:most]):
@@ -172,20 +175,34 @@ class HeldOutSet:
         """Does any sample hold a clip?"""
         return any(a.record.audio for a in self.asked)
 
-    def choices(self, number: int) -> dict[str, tuple[str, ...]]:
-        """The closed questions of a corpus, each with its answers in training. Reads training records, once."""
+    def choices(self, number: int) -> Choices:
+        """The closed ones of the questions that held-out records of a corpus ask. Reads training records, once, as long
+        as one of these may be closed: of a corpus that asks for captions a few."""
         if number not in self._choices:
-            trained: dict[str, Counter[str]] = {}
-            for record in self._training_records(self.corpora[number]):
-                for variant in record.variants:
-                    turns = variant.turns
-                    trained.setdefault(turns[0].text, Counter())[turns[-1].text] += 1
+            corpus = self.corpora[number]
+            asked: dict[str, Counter[str]] = {v.turns[0].text: Counter() for r in corpus.held_out for v in r.variants}
+            for conversations in self._training(corpus) if asked else ():
+                for turns in conversations:
+                    if (answers := asked.get(turns[0].text)) is not None:
+                        answers[turns[-1].text] += 1
+                        if len(answers) > MOST_ANSWERS:
+                            del asked[turns[0].text]
+                if not asked:
+                    break
             self._choices[number] = {
-                q: tuple(sorted(c)) for q, c in trained.items()
+                q: tuple(sorted(c)) for q, c in asked.items()
                 # an answer that comes once says nothing of how many there could be
-                if 2 <= len(c) <= MOST_ANSWERS and c.total() >= 2 * len(c)
+                if len(c) >= 2 and c.total() >= 2 * len(c)
             }  # fmt: skip
         return self._choices[number]
+
+    def all_choices(self) -> list[Choices]:
+        """Those of every corpus."""
+        return [self.choices(number) for number in range(len(self.corpora))]
+
+    def know(self, choices: Sequence[Choices]) -> None:
+        """Take `all_choices` from a process that has read them."""
+        self._choices = dict(enumerate(choices))
 
     def closed(self, most: int) -> list[Question]:
         """Closed questions of held-out clips, at most `most` for each corpus and set of answers, one for each clip."""
@@ -206,13 +223,18 @@ class HeldOutSet:
             found += [question for group in groups.values() for question in group]
         return found
 
-    def _training_records(self, corpus: CorpusIndex) -> Iterator[Record]:
-        """At most MOST_READ of them, evenly spread; the held-out ones of a mix that is only asked about."""
+    def _training(self, corpus: CorpusIndex) -> Iterator[Sequence[tuple[Turn, ...]]]:
+        """The conversations of training records, from their JSON alone: of at most MOST_READ, evenly spread; of the
+        held-out ones of a mix that is only asked about."""
         if not len(corpus):
-            yield from corpus.held_out
-        for number in range(0, len(corpus), max(1, -(-len(corpus) // MOST_READ))):
-            with contextlib.suppress(Skip, StorageError, Unreachable):
-                yield corpus.read(number)[0]
+            yield from ([variant.turns for variant in record.variants] for record in corpus.held_out)
+        numbers = range(0, len(corpus), max(1, -(-len(corpus) // MOST_READ)))
+        for first in range(0, len(numbers), AT_ONCE):
+            some = numbers[first : first + AT_ONCE]
+            for number, text in zip(some, read_many([corpus.place_of_text(n) for n in some]), strict=True):
+                if isinstance(text, bytes):
+                    with contextlib.suppress(Skip):
+                        yield corpus.turns(number, text)
 
     def open(self, most: int) -> list[Asked]:
         """The first few asked samples of each corpus in turn, at most `most` in all."""

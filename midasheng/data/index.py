@@ -291,14 +291,31 @@ class CorpusIndex:
         """
         return self._record(*self._where(number), self.place(number).read() if data is None else data)
 
+    def place_of_text(self, number: int) -> Place:
+        """Where the JSON of a training record lies."""
+        shard, row = self._where(number)
+        side = self.side(shard)[0]
+        (start, _), (text, size) = side["span"][row].tolist(), side["json"][row].tolist()
+        return Place(self.rows[shard].shard.path, start + text, size)
+
+    def turns(self, number: int, text: bytes) -> list[tuple[Turn, ...]]:
+        """The conversations of a training record, from its JSON alone. Raises Skip."""
+        return self._told(*self._where(number), text)[1]
+
+    def _told(self, shard: int, row: int, text: bytes) -> tuple[dict[str, Any], list[tuple[Turn, ...]]]:
+        """A record's JSON, and the conversations that it becomes."""
+        side, content = self.side(shard)[0], parsed(text)
+        where, (first, until) = f"{self.rows[shard].shard.path}: {side.key(row)}.json", side.variants(row)
+        turns = conversations(self.card, content, where, self.reading.clips)
+        if len(turns) != until - first:
+            raise Skip("differs from index")
+        return content, turns
+
     def _record(self, shard: int, row: int, data: bytes) -> tuple[Record, bytes]:
         side, path = self.side(shard)[0], self.rows[shard].shard.path
         (text, text_size), (audio, audio_size) = side["json"][row].tolist(), side["audio"][row].tolist()
-        content = parsed(data[text : text + text_size])
+        content, turns = self._told(shard, row, data[text : text + text_size])
         key, (first, until) = side.key(row), side.variants(row)
-        turns = conversations(self.card, content, f"{path}: {key}.json", self.reading.clips)
-        if len(turns) != until - first:
-            raise Skip("differs from index")
         slots, targets = (side[name][first:until].tolist() for name in ("slots", "targets"))
         start = int(side["span"][row, 0])
         record = Record(

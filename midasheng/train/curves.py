@@ -110,6 +110,7 @@ def draw(curves: list[Curve], *paths: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.ticker import MaxNLocator
 
     stages = sorted({c.stage for c in curves})
     with matplotlib.rc_context(PAPER):
@@ -122,6 +123,7 @@ def draw(curves: list[Curve], *paths: Path) -> None:
                 _draw_one(curve, above, below, COLORS[number % len(COLORS)])
             above.set(title=stage, ylabel="loss (nats per target)")
             below.set(xlabel="steps", ylabel="listening difference")
+            below.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
             below.axhline(0, color="black", linewidth=0.8)
             # below, where it hides no curve
             below.legend(*above.get_legend_handles_labels(), loc="upper center", bbox_to_anchor=(0.5, -0.32))

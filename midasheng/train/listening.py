@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -83,6 +83,19 @@ class ListeningTest:
 
     def __init__(self, sets: Sequence[HeldOutSet], run: Path, answers: int, few: int = 0) -> None:
         self.sets, self.run, self.answers, self.few = sets, run, answers, few
+        self._agreed = not answers
+
+    def _agree(self, rank: int) -> None:
+        """Which questions are closed: the first rank reads it, once, and tells the others, for all must ask the same,
+        whatever one of them could not read."""
+        if self._agreed:
+            return
+        told = [[asked.all_choices() for asked in self.sets] if rank == 0 else None]
+        if torch.distributed.is_initialized():
+            torch.distributed.broadcast_object_list(told)
+            for asked, choices in zip(self.sets, told[0] or (), strict=True):
+                asked.know(choices)
+        self._agreed = True
 
     def losses(self, model: AudioLM, asked: HeldOutSet, kind: str, rank: int, world: int, reduce: Reduce) -> Tensor:
         """(loss sum, targets) of each asked sample, float64 (A, 2), over all ranks; zeros where it was not asked."""
@@ -98,6 +111,7 @@ class ListeningTest:
     def before(self, model: AudioLM, rank: int, world: int, reduce: Reduce) -> None:
         """The decoder as the stage received it, without LoRA and without clips: what text alone can do."""
         told = {}
+        self._agree(rank)
         with without_lora(model):
             first = self.sets[0]
             if first.hears:
@@ -129,27 +143,31 @@ class ListeningTest:
 
     def _row(self, asked: HeldOutSet, own: Tensor, found: dict[str, Tensor]) -> dict[str, Any]:
         loss, targets = own.sum(0).tolist()
-        corpora = {}
-        for number, corpus in enumerate(asked.corpora):
-            mine = torch.tensor([a.corpus == number for a in asked.asked], dtype=torch.bool)
-            corpora[corpus.card.name] = {
-                "loss_sum": float(own[mine, 0].sum()), "targets": int(own[mine, 1].sum()),
-                **{kind: self._paired(asked, own, sums, mine) for kind, sums in found.items()},
-            }  # fmt: skip
+        cards = [corpus.card for corpus in asked.corpora]
+        of = {
+            "corpora": [cards[a.corpus].name for a in asked.asked],
+            "tasks": [cards[a.corpus].task for a in asked.asked],
+            "languages": [a.record.language for a in asked.asked],
+        }  # fmt: skip
+        names = {
+            "corpora": [card.name for card in cards], "tasks": dict.fromkeys(card.task for card in cards),
+            "languages": sorted(set(of["languages"]), key=lambda name: (name == NOT_TOLD, name)),
+        }  # fmt: skip
         whole = torch.ones(len(asked.asked), dtype=torch.bool)
         return {
             "val_loss": loss / max(targets, 1), "targets": int(targets),
-            **{kind: self._paired(asked, own, sums, whole) for kind, sums in found.items()}, "corpora": corpora,
-            "languages": self._by_language(asked, own, found),
+            **{kind: self._paired(asked, own, sums, whole) for kind, sums in found.items()},
+            **{group: self._by(asked, own, found, names[group], of[group]) for group in of},
         }  # fmt: skip
 
-    def _by_language(self, asked: HeldOutSet, own: Tensor, found: dict[str, Tensor]) -> dict[str, Any]:
-        """As `corpora`, of each language; last those of which none is told."""
-        of = [a.record.language for a in asked.asked]
+    def _by(
+        self, asked: HeldOutSet, own: Tensor, found: dict[str, Tensor], names: Iterable[str], of: Sequence[str]
+    ) -> dict[str, Any]:  # fmt: skip
+        """Loss and differences of the samples of each name; `of`: of each sample its name."""
         rows = {}
-        for language in sorted(set(of), key=lambda name: (name == NOT_TOLD, name)):
-            mine = torch.tensor([language == found_in for found_in in of], dtype=torch.bool)
-            rows[language] = {
+        for name in names:
+            mine = torch.tensor([name == its for its in of], dtype=torch.bool)
+            rows[name] = {
                 "loss_sum": float(own[mine, 0].sum()), "targets": int(own[mine, 1].sum()),
                 **{kind: self._paired(asked, own, sums, mine) for kind, sums in found.items()},
             }  # fmt: skip
@@ -211,6 +229,7 @@ class ListeningTest:
         """Greedy answers in words, rows of answers.jsonl: of the stage's own mix, at the `end` of all sets. Beside the
         answer the set, corpus and key of its record, and, where it was asked before step 0, what the decoder alone
         said."""
+        self._agree(rank)
         text_only = self._told()["answers"] if end else {}
         rows: list[dict[str, Any]] = []
         for asked in self.sets if end else self.sets[:1]:

@@ -16,6 +16,7 @@ from midasheng.data.room import DataRoom, Sources, mixes, open_data, plan_data
 from midasheng.data.storage import StorageError, is_url, list_shards
 from midasheng.model import adapt, weights
 from midasheng.model.audio_lm import PARTS, AudioLM
+from midasheng.model.decoder import with_vocabulary
 from midasheng.model.encoder import EncoderShape
 from midasheng.train import checkpoint, fit, memory, sharded
 from midasheng.train.order import Order, check_run_folder
@@ -66,15 +67,18 @@ class Preflight:
         return "\n".join([*lines, verdict + (f"; not checked here: {', '.join(unknown)}" if unknown else "")])
 
 
-def skeleton(stage: Stage) -> tuple[AudioLM, str]:
-    """The model of a stage without memory for its weights, and the table of what learns. Raises UserError."""
+def skeleton(stage: Stage, added: range) -> tuple[AudioLM, str]:
+    """The model of a stage without memory for its weights, and the table of what learns; `added`: ids that
+    tokenizer.add gave the tokenizer. Raises UserError."""
     e, d, lora = stage.model.encoder, stage.model.decoder, stage.lora
-    model = AudioLM(EncoderShape(e.dim, e.depth, e.heads), d.architecture, d.fields, PARTS)
+    fields = with_vocabulary(d.architecture, d.fields, added.stop) if added else d.fields
+    model = AudioLM(EncoderShape(e.dim, e.depth, e.heads), d.architecture, fields, PARTS)
     adapt.freeze_all_but(model, stage.train)
     adapted: dict[str, list[str]] = {}
     if lora.targets:
         with torch.device("meta"):
             adapted = adapt.add_lora(model, adapt.LoraPlan(tuple(lora.targets), lora.rank, lora.alpha, lora.dropout), 0)
+    model.decoder.learn_rows(added)
     adapt.set_precision(model, stage.run.precision)
     return model, adapt.learns(model, stage.train, adapted, lora.rank).table(stage.optim.name == "adamw8bit")
 
@@ -103,14 +107,14 @@ def preflight(order: Order) -> Preflight:
                 lambda _, s=start: f"that of {s.source.where}",  # type: ignore[misc]
             )  # fmt: skip
     model = shape = None
+    added = sources.chat.added if sources else range(0)
     if starts is not None:
-        added = sources.chat.added if sources else range(0)
         built = found.checked(
             "what learns", lambda: fit.build(order, starts, added), lambda b: b[1].split("\n\n")[1].strip()
         )
         model = shape = built[0] if built else None
     else:
-        made = found.checked("what learns", lambda: skeleton(stage), lambda m: m[1].strip())
+        made = found.checked("what learns", lambda: skeleton(stage, added), lambda m: m[1].strip())
         shape = made[0] if made else None
     _plan(found, order, sources, starts)
     if shape is not None:

@@ -375,8 +375,11 @@ function texts() {
     el("details", {}, el("summary", {}, "Notes"), el("ul", {}, ...runs.flatMap((r) => [...r.notes, ...(r.peak ? [`peak for the MFU: ${r.peak}`] : []), ...(r.commit ? [`code ${r.commit}`] : [])].map((n) => el("li", {}, `${r.name}: ${n}`))))),
   ] : [el("p", {}, data.runs.length ? "No run is chosen." : `No run below ${data.folder} has a metrics.jsonl yet.`)]);
   if (!one) return;
-  part("corpus-text", [one.name, one.groups.corpus], () => [table(["corpus", "task", "languages", "training loss", "validation loss", "change", "listening", "clip alike"],
-    Object.entries(one.groups.corpus).map(([name, g]) => [name, g.task, g.languages.join(", "), g.smooth ? short(last(g.smooth.y)) : "–", fell(g.loss), change(g.loss), heard(g.listening), g.alike && g.alike.y.length ? `${signed(last(g.alike.y))} ± ${last(g.alike.se).toFixed(3)}` : "–"]), "Corpora")]);
+  for (const [kind, groups] of Object.entries(one.groups)) {
+    const about = kind === "corpus" ? [["task", (g) => g.task], ["languages", (g) => g.languages.join(", ")]] : [];
+    part(`${kind}-text`, [one.name, groups], () => [table([kind, ...about.map(([head]) => head), "training loss", "validation loss", "change", "listening", "clip alike"],
+      Object.entries(groups).map(([name, g]) => [name, ...about.map(([, of]) => of(g)), g.smooth ? short(last(g.smooth.y)) : "–", fell(g.loss), change(g.loss), heard(g.listening), g.alike && g.alike.y.length ? `${signed(last(g.alike.y))} ± ${last(g.alike.se).toFixed(3)}` : "–"]), `By ${kind}`)]);
+  }
   part("mix-text", [one.name, one.mix], () => {
     const sum = (key) => one.mix.reduce((s, r) => s + (r[key] || 0), 0) || 1;
     const [samples, targets, hours] = ["samples", "targets", "hours"].map(sum);

@@ -334,25 +334,25 @@ class Run:
 
     def _groups(self, cards: dict[str, Card]) -> dict[str, dict[str, Any]]:
         """Curves by corpus, task and language."""
-        tasks: dict[str, list[str]] = {}
-        for corpus in self.corpora:
-            if card := cards.get(corpus):
-                tasks.setdefault(card.task, []).append(corpus)
         last = self.validations[-1] if self.validations else {}
         in_rows = {kind: list(_mapping(last.get(kind))) for kind in ("corpora", "languages")}
-        of_task = {t: [c for c in in_rows["corpora"] if c in cards and cards[c].task == t] for t in tasks}
+        corpora = list(dict.fromkeys([*in_rows["corpora"], *self.corpora]))  # in the order of the mix
+        tasks: dict[str, list[str]] = {}
+        for corpus in corpora:
+            if card := cards.get(corpus):
+                tasks.setdefault(card.task, []).append(corpus)
         found: dict[str, dict[str, Any]] = {"corpus": {}, "task": {}, "language": {}}
-        for corpus in dict.fromkeys([*self.corpora, *in_rows["corpora"]]):
+        for corpus in corpora:
             about = cards.get(corpus)
-            curves = self._group(self.corpora, [corpus]) | _validation(self.validations, _part("corpora", [corpus]))
+            curves = self._group(self.corpora, [corpus]) | _validation(self.validations, _part("corpora", corpus))
             said = {"task": about.task, "languages": about.languages} if about else {"task": "", "languages": []}
             found["corpus"][corpus] = curves | said
         for task, of in tasks.items():
             curves = self._group(self.corpora, of)
-            found["task"][task] = curves | _validation(self.validations, _part("corpora", of_task[task]))
+            found["task"][task] = curves | _validation(self.validations, _part("tasks", task))
         for language in sorted({*self.languages, *in_rows["languages"]}, key=lambda name: (name == NOT_TOLD, name)):
             curves = self._group(self.languages, [language])
-            found["language"][language] = curves | _validation(self.validations, _part("languages", [language]))
+            found["language"][language] = curves | _validation(self.validations, _part("languages", language))
         return found
 
     def _group(self, parts: dict[str, _Columns], names: Sequence[str]) -> dict[str, Any]:
@@ -449,17 +449,9 @@ def _finite(value: Any) -> float | None:
     return float(f"{number:.6g}") if np.isfinite(number) else None
 
 
-def _part(kind: str, names: Sequence[str]) -> Callable[[dict[str, Any]], dict[str, Any]]:
-    """A validation row -> what it says of these groups: of one all, of several together the loss."""
-
-    def read(row: dict[str, Any]) -> dict[str, Any]:
-        groups = _mapping(row.get(kind))
-        parts = [groups[n] for n in names if isinstance(groups.get(n), dict)]
-        if len(parts) == 1:
-            return parts[0]
-        return {name: sum(_number(p.get(name)) for p in parts) for name in ("loss_sum", "targets")} if parts else {}
-
-    return read
+def _part(kind: str, name: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """A validation row -> what it says of a group."""
+    return lambda row: _mapping(_mapping(row.get(kind)).get(name))
 
 
 def _validation(rows: Sequence[dict[str, Any]], read: Callable[[dict[str, Any]], dict[str, Any]]) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Held-out samples stand once, and the clip that stands in for their own is fair: another answer, evenly used, in budget."""
 
+import json
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -19,6 +20,7 @@ from midasheng.data.held_out import ALIKE, KINDS, MOST_ANSWERS, NONE, OTHER, OWN
 from midasheng.data.index import CorpusIndex, Record
 from midasheng.data.manifest import Card, HeldOut, read_mix
 from midasheng.data.plan import Budget, budget
+from midasheng.data.storage import AT_ONCE, Place
 from midasheng.sample import NO_TARGET, Pack, unit_hash
 from tests.conftest import Tiny, flac, open_index, write_shard
 from tests.data.test_loader import Room, same
@@ -405,6 +407,20 @@ def test_closed_questions_of_a_mix_that_is_all_held_out(chat, corpus):
     closed = made.closed(100)
     assert len(closed) == 14
     assert {c.choices for c in closed} == {("A", "B")}
+
+
+def test_closed_questions_are_found_in_the_text_alone_and_in_no_more_of_it_than_that_takes(chat, corpus, monkeypatch):
+    """Of a corpus that asks all for a text of their own a few records; else all, and never what they sound like."""
+    texts = [MadeUp(f"w{n}", 9_000, [("Write.", f"{n}")]) for n in range(200)]
+    names = quiz({"Which?": {"A": 50, "B": 50}}, "n")
+    made = [HeldOutSet("m", [corpus(part[:3], part[3:])], chat, WIDE, 0) for part in (texts, names)]
+    read, of_place = [], Place.read
+    monkeypatch.setattr(Place, "read", lambda self: read.append(of_place(self)) or read[-1])
+    assert made[0].closed(9) == []
+    assert MOST_ANSWERS < len(read) <= MOST_ANSWERS + 1 + AT_ONCE
+    assert {c.choices for c in made[1].closed(9)} == {("A", "B")}
+    assert len(read) <= MOST_ANSWERS + 1 + AT_ONCE + len(names) - 3
+    assert all("pairs" in json.loads(text) for text in read)
 
 
 def test_closed_questions_up_to_a_number_for_each_corpus_and_set_of_answers_one_for_a_clip(chat, corpus):

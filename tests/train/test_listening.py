@@ -233,12 +233,19 @@ def test_the_row_holds_sums_and_pairs_of_the_same_samples(models, sets, tmp_path
             part = found["corpora"][corpus.card.name]
             assert part["loss_sum"] == pytest.approx(float(own[mine, 0].sum()), rel=1e-4)
             assert part["targets"] == int(own[mine, 1].sum())
-        languages = [a.record.alike for a in asked.asked]  # in these cards the language
-        assert found["languages"].keys() == set(languages)
-        for language, part in found["languages"].items():
-            mine = [i for i, spoken in enumerate(languages) if spoken == language]
-            assert part["loss_sum"] == pytest.approx(float(own[mine, 0].sum()), rel=1e-4)
-            assert part["targets"] == int(own[mine, 1].sum())
+        groups = {
+            "languages": [a.record.alike for a in asked.asked],  # in these cards the language
+            "tasks": [asked.corpora[a.corpus].card.name.removeprefix("tiny_") for a in asked.asked],
+        }  # fmt: skip
+        for group, names in groups.items():
+            assert found[group].keys() == set(names)
+            for name, part in found[group].items():
+                mine = [i for i, its in enumerate(names) if its == name]
+                assert part["loss_sum"] == pytest.approx(float(own[mine, 0].sum()), rel=1e-4)
+                assert part["targets"] == int(own[mine, 1].sum())
+                if listens:
+                    pair = paired(own[mine], against["listening"][mine], [keys[i] for i in mine])
+                    assert part["listening"] == (pair and pytest.approx(vars(pair), rel=1e-2, abs=1e-4))
     assert row["listening"]["samples"] == 12
     assert "also" not in test.row(lora, 0, 1, same, ends=False)
     between = test.row(lora, 0, 1, same, ends=False)
@@ -259,7 +266,7 @@ def test_a_set_without_clips_has_a_validation_loss_and_nothing_else(models, tiny
     test = ListeningTest(held_out_sets(tiny_data, chat, ("text",)), tmp_path, 2)
     test.before(models[1], 0, 1, same)
     row = test.row(models[1], 0, 1, same, ends=True)
-    assert row.keys() == {"val_loss", "targets", "corpora", "languages"}
+    assert row.keys() == {"val_loss", "targets", "corpora", "tasks", "languages"}
     assert verdict({"step": 4, **row}) == []
 
 
@@ -306,6 +313,25 @@ def test_answers_in_words_with_and_without_hearing(models, sets, tmp_path, monke
     assert [r["id"] for r in few] == [r["id"] for r in free if r["mix"] == "pretrain"]  # its own mix, the same ones
     assert len(few) == 5
     assert ListeningTest(sets, tmp_path, 0).answer(lora, 3, 0, 1, same, end=True) == []
+
+
+def test_all_ranks_ask_what_the_first_one_found_to_be_closed(tiny_data, chat, tmp_path, monkeypatch):
+    """Where one of them cannot read, others would wait for its answers for ever."""
+    sent = []
+
+    def broadcast(told):
+        sent.extend(told if told[0] else ())
+        told[:] = sent
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", broadcast)
+    first, second = (held_out_sets(tiny_data, chat, ("pretrain", "sft")) for _ in range(2))
+    ListeningTest(first, tmp_path, 3)._agree(0)
+    asked = [q for s in first for q in s.closed(3)]
+    assert asked
+    monkeypatch.setattr(held_out.HeldOutSet, "_training", lambda self, corpus: iter(()))
+    ListeningTest(second, tmp_path, 3)._agree(1)
+    assert [q for s in second for q in s.closed(3)] == asked
 
 
 @pytest.mark.parametrize("world", [2, 20])
@@ -492,10 +518,12 @@ def whole(tiny, tmp_path_factory) -> tuple[Path, str]:
 def test_rows_of_a_stage(whole):
     rows = [r for r in read_metrics(whole[0] / "metrics.jsonl") if "val_loss" in r]
     assert [r["step"] for r in rows] == [0, 2, 4]
-    assert set(rows[0]) == set(rows[2]) == {"step", "val_loss", "targets", "corpora", "languages", "also", *HEARD}
-    assert set(rows[1]) == {"step", "val_loss", "targets", "corpora", "languages", "listening"}
+    assert (
+        set(rows[0]) == set(rows[2]) == {"step", "val_loss", "targets", "corpora", "tasks", "languages", "also", *HEARD}
+    )
+    assert set(rows[1]) == {"step", "val_loss", "targets", "corpora", "tasks", "languages", "listening"}
     for row in (rows[0], rows[2]):
-        assert set(row["also"]["sft"]) == {"val_loss", "targets", "corpora", "languages"}
+        assert set(row["also"]["sft"]) == {"val_loss", "targets", "corpora", "tasks", "languages"}
         assert row["listening"]["samples"] == 4
         assert set(row["corpora"]["tiny_caption"]) == {"loss_sum", "targets", *HEARD}
         alone = row["val_loss"] + row["text_only"]["difference"]

@@ -73,6 +73,14 @@ def test_what_learns_without_weights_is_what_learns_with_them(tiny, tmp_path):
     assert said(without, "disk").split(";")[0] == said(with_, "disk").split(";")[0]
 
 
+def test_rows_of_added_tokens_learn_also_where_there_are_no_weights_yet(tiny, tmp_path):
+    """A table for more tokens than the config names, and its new rows among what learns."""
+    more = {"tokenizer__audio_bos": "<|hm|>", "tokenizer__add": "['<|hm|>']", "model__decoder__fields__vocab_size": 64}
+    found = preflight(order_for("stage2_pretrain", tiny, tmp_path, **more))
+    assert (states(found)["weights"], states(found)["what learns"]) == (UNKNOWN, RIGHT)
+    assert "rows of 1 added tokens" in said(found, "what learns")
+
+
 @pytest.mark.parametrize(
     ("more", "what", "text"),
     [
