@@ -135,7 +135,7 @@ AGREES = """
     ranks.alike({"config": "a", "code": "b"})
     ranks.stall_s = 0.5
     if ranks.rank == 2:
-        time.sleep(3)
+        time.sleep(8)
     ranks.gather("the slow place")
     ranks.alike({"config": "a", "code": "b" if ranks.rank != 1 else "c"})
 """
