@@ -538,7 +538,7 @@ def test_a_scale_without_weights_says_what_to_write(scale, file, tmp_path, monke
     """Before billions of parameters are allocated, and before a million hours are indexed."""
     monkeypatch.setattr(AudioLM, "__init__", lambda *_: pytest.fail("a model was built"))
     monkeypatch.setattr("midasheng.train.fit.open_data", lambda *_, **__: pytest.fail("data was opened"))
-    argv = ["--scale", scale, "--runs", str(tmp_path / "runs")]
+    argv = ["--scale", scale, "--runs", str(tmp_path / "runs"), "hardware.devices=1"]
     refused(capsys, main(str(CONFIGS / "stage1_align.yaml"), stage1_align.contract, argv), "weights.encoder=", file)
     nowhere = [*argv, "weights.encoder=some-org/no-such-encoder"]
     status = main(str(CONFIGS / "stage1_align.yaml"), stage1_align.contract, nowhere)

@@ -33,6 +33,7 @@ from tests.conftest import run_stage as run_here
 
 LASTS_S = 600  # a round of a few steps, on a machine with much else to do
 EVERY = 3  # steps between checkpoints
+SAME_WORLD_STEPS = 15
 WORLDS, WORKERS = (1, 2, 4), (0, 1, 2)
 STAGE = CONFIGS / "stage1_align.yaml"
 RUN = Path("mini/stage1_align")  # below RUNS
@@ -230,11 +231,12 @@ def soak(folder: Path, rounds: int, seed: int, strategy: str, tiny: Tiny) -> Non
 def same_world(folder: Path, world: int, tiny: Tiny) -> None:
     """An unbroken run, whose first process makes the index while the others wait, and one that is killed behind its first
     checkpoint; both on as many processes."""
-    length, log = {"run__length": "12 steps"}, folder / "whole.log"
+    length, log = {"run__length": f"{SAME_WORLD_STEPS} steps"}, folder / "whole.log"
     ends_well(start(world, log, arguments(tiny, folder / "whole", 0, **length)), log)
     given, log = arguments(tiny, folder / "killed", 0, **length), folder / "killed.log"
-    killed(folder / "killed", world, given, log, at=EVERY + 1, later_s=0.0, victim=None)
-    assert 0 < steps_done(folder / "killed" / RUN) < 12
+    # behind the second checkpoint's step: the first one is in place by then, however slow the disk
+    killed(folder / "killed", world, given, log, at=2 * EVERY + 1, later_s=0.0, victim=None)
+    assert 0 < steps_done(folder / "killed" / RUN) < SAME_WORLD_STEPS
     ends_well(start(world, log, given), log)
 
 
