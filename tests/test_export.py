@@ -1,6 +1,7 @@
 """Exports: proved from audio files, key for key what servers load, and nothing under a name that has not passed."""
 
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -272,14 +273,17 @@ def test_a_wrong_export_fails_and_leaves_nothing_under_its_name(bug, chat, tmp_p
 
 
 def test_limits():
-    with pytest.raises(ExportError, match=r"at most 0\.0001"):
-        demand("x", {"max": 2e-4, "mean": 0.0, "top1": 1.0}, "fp32")
+    for rms, most in ((0.1, "0.0001"), (12.0, "0.0012")):  # small's logits, of pretrained text weights, have 12.4
+        found = {"rms": rms, "max": 0.9 * float(most), "mean": 0.0, "top1": 1.0}
+        demand("x", found, "fp32")
+        with pytest.raises(ExportError, match=f"at most {most} may"):
+            demand("x", found | {"max": 1.1 * float(most)}, "fp32")
     with pytest.raises(ExportError, match=r"98\.90% of the slots"):
-        demand("x", {"max": 0.0, "mean": 0.0, "top1": 0.989}, "bf16")
+        demand("x", {"rms": 1.0, "max": 0.0, "mean": 0.0, "top1": 0.989}, "bf16")
     with pytest.raises(ExportError, match="at most"):
         demand("x", compare([torch.full((1, 2), float("nan"))], [torch.zeros(1, 2)]), "fp32")
     assert compare([torch.tensor([[1.0, 0.0], [0.0, 3.0]])], [torch.tensor([[0.0, 0.5], [0.0, 1.0]])]) == {
-        "slots": 2, "max": 2.0, "mean": 3.5 / 4, "top1": 0.5,
+        "slots": 2, "rms": math.sqrt(2.5), "max": 2.0, "mean": 3.5 / 4, "top1": 0.5,
     }  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import subprocess
@@ -25,7 +26,7 @@ from midasheng.model.audio_lm import AudioLM
 from midasheng.sample import Sample, Turn, pack
 
 RELOAD = Path(__file__).parent / "remote" / "reload.py"
-MOST_DIFFERENCE = 1e-4  # of two logits, float32
+MOST_DIFFERENCE = 1e-4  # of two logits in float32; times their root mean square where that is above 1, as rounding is
 LEAST_AGREEMENT = 0.99  # top-1, bf16
 BATCH = 4
 
@@ -67,18 +68,21 @@ def listen(model: AudioLM, trials: Sequence[Trial]) -> Heard:
 
 
 def compare(first: Sequence[Tensor], second: Sequence[Tensor]) -> dict[str, int | float]:
-    """Slots, largest and mean |difference| of their logits, and the share of slots whose best token is the same."""
+    """Slots, root mean square of the first's logits, largest and mean |difference|, and the share of slots whose best
+    token is the same."""
     assert len(first) == len(second), f"{len(first)} trials against {len(second)}"
     for a, b in zip(first, second, strict=True):
         assert a.shape == b.shape, f"logits {tuple(a.shape)} against {tuple(b.shape)}"
     if not all(bool(t.isfinite().all()) for t in (*first, *second)):
-        return {"slots": 0, "max": float("inf"), "mean": float("inf"), "top1": 0.0}
+        return {"slots": 0, "rms": float("inf"), "max": float("inf"), "mean": float("inf"), "top1": 0.0}
     differences = [(a - b).abs() for a, b in zip(first, second, strict=True)]
     same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(first, second, strict=True)])
+    numbers = sum(d.numel() for d in differences)
     return {
         "slots": sum(len(d) for d in differences),
+        "rms": math.sqrt(sum(float(a.double().square().sum()) for a in first) / numbers),
         "max": max(float(d.max()) for d in differences),
-        "mean": sum(float(d.double().sum()) for d in differences) / sum(d.numel() for d in differences),
+        "mean": sum(float(d.double().sum()) for d in differences) / numbers,
         "top1": float(same.float().mean()),
     }
 
@@ -153,10 +157,12 @@ def check_inputs(made: dict[str, Tensor], trials: Sequence[Trial], live: Heard, 
 
 def demand(what: str, found: dict[str, int | float], dtype: str) -> None:
     """Raises ExportError when two models are too far apart: by largest difference in fp32, by top-1 in bf16."""
-    if dtype == "fp32" and not found["max"] <= MOST_DIFFERENCE:
+    most = MOST_DIFFERENCE * max(1.0, found["rms"])
+    if dtype == "fp32" and not (math.isfinite(most) and found["max"] <= most):
         raise ExportError(
-            f"{what}: logits differ by {found['max']:.2g} (mean {found['mean']:.2g}, top-1 {found['top1']:.1%}); at "
-            f"most {MOST_DIFFERENCE:g} may be: this is not the model that was trained"
+            f"{what}: logits differ by {found['max']:.2g} (mean {found['mean']:.2g}, root mean square of the logits "
+            f"{found['rms']:.2g}, top-1 {found['top1']:.1%}); at most {most:.2g} may be: this is not the model "
+            "that was trained"
         )
     if dtype == "bf16" and not found["top1"] >= LEAST_AGREEMENT:
         raise ExportError(
