@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -382,7 +383,8 @@ def test_ranks_on_different_plans_end_the_run(tiny, tmp_path):
     """Samples twice and others never, and nothing else would notice: every loss is finite."""
     done = on_two(tmp_path, tiny, OTHER_PLAN)
     assert done.returncode not in (0, 2, 130)
-    assert "AssertionError: step 0: rank 0 trains on another plan than others" in done.stderr
+    # whichever of the two comes first ends both
+    assert re.search("AssertionError: step 0: rank [01] trains on another plan than others", done.stderr)
     assert not (tmp_path / "mini/stage1_align/checkpoints/last.ckpt").exists()
 
 
