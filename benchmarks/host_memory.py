@@ -1,13 +1,17 @@
 """The host's memory that each rank takes until it holds its share of a model, which every rank builds whole.
 
-python -m benchmarks.host_memory RANKS STAGE SCALE [key=value ...], for example 2 stage1_align small
+torchrun --nproc-per-node 2 -m benchmarks.host_memory stage1_align small         (a stage, a scale, key=value ...)
 """
 
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
+
+import torch
+
+from midasheng.data.room import open_data
+from midasheng.train import sharded
+from midasheng.train.fit import build, open_starts
+from midasheng.train.order import command_line
 
 
 def gigabytes(field: str) -> float:
@@ -16,14 +20,9 @@ def gigabytes(field: str) -> float:
     return int(next(line for line in lines if line.startswith(field)).split()[1]) * 1024 / 1e9
 
 
-def rank(stage: str, scale: str, settings: list[str]) -> None:
+def main() -> None:
     """Build, share, say what it took."""
-    import torch
-
-    from midasheng.data.room import open_data
-    from midasheng.train import sharded
-    from midasheng.train.fit import build, command_line, open_starts
-
+    stage, scale, *settings = sys.argv[1:]
     order = command_line(f"configs/{stage}.yaml", ["--scale", scale, *settings])
     sources = open_data(order.stage, make=False)
     torch.distributed.init_process_group("gloo")
@@ -39,19 +38,5 @@ def rank(stage: str, scale: str, settings: list[str]) -> None:
     torch.distributed.destroy_process_group()
 
 
-def main() -> None:
-    """Start the ranks."""
-    ranks, *rest = sys.argv[1:]
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = os.environ | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": ranks}
-    started = [
-        subprocess.Popen([sys.executable, "-m", "benchmarks.host_memory", *rest], env=env | {"RANK": str(n)})
-        for n in range(int(ranks))
-    ]
-    sys.exit(max(abs(one.wait()) for one in started))
-
-
 if __name__ == "__main__":
-    rank(sys.argv[1], sys.argv[2], sys.argv[3:]) if "RANK" in os.environ else main()
+    main()

@@ -49,9 +49,8 @@ FIRST_S = (2.0, 4.0, 8.0, 16.0, 32.0)  # Figure 7
 BEFORE, AFTER = 4, 11  # text slots: <|im_start|>user\n<|audio_bos|>; <|audio_eos|>, the caption prompt, to the answer
 WEIGHTS, LEAST_GIB = 5, 0.25  # memory of a CPU: a multiple of the weights
 OURS, EVERY, PADDED = "5 Hz", "25 Hz", "25 Hz in 30 s"
-OPTIONS = {
-    "memory_gib": 0.0, "most": 0, "rounds": 3, "dtype": "auto",
-}  # memory_gib 0: see above; `most` samples in a batch, 0: until memory ends  # fmt: skip
+# memory_gib 0: see above; at `most` so many samples in a batch, 0: until memory ends
+OPTIONS: dict[str, float] = {"memory_gib": 0.0, "most": 0, "rounds": 3}
 
 
 # -- what is fed -------------------------------------------------------------------------------------------------------
@@ -317,29 +316,14 @@ def random_model(scale: str, device: torch.device, dtype: str) -> AudioLM:
     return lm.to(device).eval()
 
 
-def settings(given: Sequence[str]) -> dict[str, Any]:
-    """key=value strings. Raises UserError."""
-    found = dict(OPTIONS)
-    for setting in given:
-        name, equals, value = setting.partition("=")
-        if not equals or name not in OPTIONS:
-            raise UserError(f"SET: `{setting}`: write key=value; there are {', '.join(OPTIONS)}")
-        try:
-            found[name] = type(OPTIONS[name])(value)
-        except ValueError:
-            raise UserError(f"SET: {name}={value}: write a number") from None
-    if found["rounds"] < 1 or found["dtype"] not in ("auto", "float32", "bfloat16"):
-        raise UserError("SET: write rounds=1 or more; dtype=float32 or bfloat16")
-    return found
-
-
 def bench(a: argparse.Namespace) -> None:
     """Measure, print, write. Raises UserError."""
-    set_ = settings(a.settings)
+    set_ = OPTIONS | config.settings_of(a.settings, {name: type(value) for name, value in OPTIONS.items()})
+    rounds, most = int(set_["rounds"]), int(set_["most"])
+    if rounds < 1:
+        raise UserError(f"SET: rounds={rounds}: write 1 or more")
     device = torch.device("cuda:0" if torch.cuda.is_available() else "cpu")
-    dtype = set_["dtype"]
-    if dtype == "auto":
-        dtype = "float32" if device.type == "cpu" else "bfloat16"
+    dtype = "float32" if device.type == "cpu" else "bfloat16"
     torch.set_num_threads(1)
     if a.name:
         lm = load(folder_of(Path(a.runs), a.scale, a.name), str(device), dtype).lm
@@ -360,15 +344,15 @@ def bench(a: argparse.Namespace) -> None:
         "software": f"torch {torch.__version__}, transformers {transformers.__version__}, "
         f"Python {platform.python_version()}" + (f", CUDA {torch.version.cuda}" if device.type == "cuda" else ""),
         "time": "wall" if device.type == "cuda" else "CPU", "audio_s": CLIP_S, "new_tokens": NEW_TOKENS,
-        "text_slots": BEFORE + AFTER, "rounds": set_["rounds"], "most": set_["most"],
+        "text_slots": BEFORE + AFTER, "rounds": rounds, "most": most,
     }  # fmt: skip
     print(
         "; ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in told.items())
     )
     print(f"\n{CLIP_S:g} s of audio, {NEW_TOKENS} new tokens\n")
-    told["batches"] = shown(batches_table, batches(lm, device, limit, rounds=set_["rounds"], most=set_["most"]))
+    told["batches"] = shown(batches_table, batches(lm, device, limit, rounds=rounds, most=most))
     print("\nto the first token, one clip\n")
-    told["first_tokens"] = shown(first_tokens_table, first_tokens(lm, device, limit, rounds=set_["rounds"]))
+    told["first_tokens"] = shown(first_tokens_table, first_tokens(lm, device, limit, rounds=rounds))
     record(f"{told['weights']} on {name}", told, "infer.json")
 
 

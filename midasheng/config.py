@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -614,6 +615,22 @@ def free_keys() -> set[str]:
 def fingerprint(stage: Stage) -> str:
     """Hash of `binding`: two runs with the same one are the same run."""
     return hashlib.sha256(json.dumps(binding(stage), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def settings_of(given: Sequence[str], kinds: Mapping[str, type]) -> dict[str, Any]:
+    """The "key=value" strings of a verb that reads no stage file, each of the kind of its key. Raises UserError."""
+    found: dict[str, Any] = {}
+    for setting in given:
+        name, equals, text = setting.partition("=")
+        kind = kinds.get(name)
+        if not equals or kind is None:
+            raise UserError(f"SET: `{setting}`: write key=value; there are {', '.join(kinds)}")
+        value = text if kind is str else yaml.safe_load(text)
+        value = float(value) if kind is float and type(value) is int else value
+        if type(value) is not kind:
+            raise UserError(f"SET: {name}={text} is no {kind.__name__}")
+        found[name] = value
+    return found
 
 
 def keys_table() -> str:

@@ -7,37 +7,17 @@ ASKED below, as SET="temperature=0.7 max_new_tokens=64".
 
 import argparse
 import sys
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 import midasheng
-from midasheng.config import UserError
+from midasheng.config import UserError, settings_of
 from midasheng.inference import waveform
 
 ASKED: dict[str, type] = {
     "system": str, "text_first": bool, "max_new_tokens": int, "temperature": float, "top_p": float, "top_k": int,
     "seed": int,
 }  # fmt: skip
-LOADED = ("device", "dtype")
-
-
-def settings(given: Sequence[str]) -> dict[str, Any]:
-    """key=value strings, in their types. Raises UserError."""
-    found: dict[str, Any] = {}
-    for setting in given:
-        name, equals, text = setting.partition("=")
-        kind = ASKED.get(name, str if name in LOADED else None)
-        if not equals or kind is None:
-            raise UserError(f"SET: `{setting}`: write key=value; there are {', '.join([*ASKED, *LOADED])}")
-        value = text if kind is str else yaml.safe_load(text)
-        value = float(value) if kind is float and type(value) is int else value
-        if type(value) is not kind:
-            raise UserError(f"SET: {name}={text} is no {kind.__name__}")
-        found[name] = value
-    return found
+LOADED: dict[str, type] = {"device": str, "dtype": str}
 
 
 def folder_of(runs: Path, scale: str, name: str) -> Path:
@@ -60,7 +40,7 @@ def main() -> int:
     parser.add_argument("settings", nargs="*")
     args = parser.parse_args()
     try:
-        set_ = settings(args.settings)
+        set_ = settings_of(args.settings, {**ASKED, **LOADED})
         folder = folder_of(Path(args.runs), args.scale, args.name)
         audio = [waveform(path) for path in args.audio]  # before the weights: they take longer
         loading = {name: set_.pop(name, "auto") for name in LOADED}

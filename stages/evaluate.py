@@ -31,17 +31,6 @@ WHERE = {
 }  # the benchmarks; tasks and suites; where answers go (by default RUN/evaluate/SUITE); as midasheng.load  # fmt: skip
 
 
-def settings(given: Sequence[str]) -> dict[str, str]:
-    """key=value strings. Raises UserError."""
-    found = dict(WHERE)
-    for setting in given:
-        name, equals, value = setting.partition("=")
-        if not equals or name not in {*MEANS, *WHERE}:
-            raise UserError(f"SET: `{setting}`: write key=value; there are {', '.join([*WHERE, *MEANS])}")
-        found[name] = value
-    return found
-
-
 def posed(tasks: Sequence[Task], found: Benchmarks) -> tuple[dict[str, list[Question]], dict[str, str]]:
     """(questions of each task, a sentence for each whose data are not there)."""
     questions: dict[str, list[Question]] = {}
@@ -56,7 +45,7 @@ def posed(tasks: Sequence[Task], found: Benchmarks) -> tuple[dict[str, list[Ques
 
 def evaluate(a: argparse.Namespace, rank: int, world: int) -> int:
     """Answer and score. Raises UserError."""
-    set_ = settings(a.settings)
+    set_ = WHERE | config.settings_of(a.settings, dict.fromkeys([*WHERE, *MEANS], str))
     means = Means(**{name: set_[name] for name in MEANS if name in set_})
     tasks = read_suite(a.suite, Path(set_["manifests"]))
     run = folder_of(Path(a.runs), a.scale, a.name)

@@ -158,7 +158,7 @@ def check_inputs(made: dict[str, Tensor], trials: Sequence[Trial], live: Heard, 
 def demand(what: str, found: dict[str, int | float], dtype: str) -> None:
     """Raises ExportError when two models are too far apart: by largest difference in fp32, by top-1 in bf16."""
     most = MOST_DIFFERENCE * max(1.0, found["rms"])
-    if dtype == "fp32" and not (math.isfinite(most) and found["max"] <= most):
+    if dtype == "fp32" and not found["max"] <= most < math.inf:
         raise ExportError(
             f"{what}: logits differ by {found['max']:.2g} (mean {found['mean']:.2g}, root mean square of the logits "
             f"{found['rms']:.2g}, top-1 {found['top1']:.1%}); at most {most:.2g} may be: this is not the model "

@@ -222,10 +222,10 @@ def write(content: dict[str, Any], folder: Path, names: Sequence[str]) -> int:
                 os.link(part, other)
             except OSError:  # a file system without hard links
                 shutil.copyfile(part, other)
-                sync(other)
+                shard_files.sync(other)
             os.replace(other, folder / name)
         os.replace(part, folder / names[0])
-        sync(folder)
+        shard_files.sync(folder)
     except BaseException:
         for path in folder.glob("*.part"):  # its space may be what is missing
             path.unlink(missing_ok=True)
@@ -233,17 +233,8 @@ def write(content: dict[str, Any], folder: Path, names: Sequence[str]) -> int:
     return size
 
 
-def sync(path: Path) -> None:
-    """Bring a file, or the names in a folder, to the disk itself."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-class Waiting(NamedTuple):
-    """A checkpoint whose shards are being written."""
+class Pending(NamedTuple):
+    """A checkpoint whose shards are being written; nothing names them yet."""
 
     content: dict[str, Any]  # on the first rank
     names: Sequence[str]
@@ -268,7 +259,7 @@ class Writer:
         self.whole = whole  # step of last.ckpt
         self.thread: threading.Thread | None = None
         self.failed: CheckpointError | None = None
-        self.waiting: Waiting | None = None
+        self.pending: Pending | None = None
         self.files: dict[str, tuple[int, str]] = {}  # of the shards that this rank has written
 
     def __enter__(self) -> Writer:
@@ -299,14 +290,14 @@ class Writer:
             with self._told(step):
                 name = shard_files.place(self.folder, step)
         name = self._agree(name)[0]
-        self.files, self.waiting = {}, Waiting(content, names, written, name)
+        self.files, self.pending = {}, Pending(content, names, written, name)
         if mine is not None:
             self._begin(step, partial(self._write_shard, self.folder / name, mine))
 
     @property
     def votes(self) -> tuple[float, float]:
-        """Is what this rank had to write for a waiting checkpoint on the disk? Could it not write?"""
-        there = self.waiting is not None and not (self.thread and self.thread.is_alive())
+        """Is what this rank had to write for a pending checkpoint on the disk? Could it not write?"""
+        there = self.pending is not None and not (self.thread and self.thread.is_alive())
         return float(there and self.failed is None), float(self.failed is not None)
 
     def count(self, ready: float, failed: float) -> None:
@@ -319,7 +310,7 @@ class Writer:
     def wait(self) -> None:
         """Until the checkpoint that is being written is in place; every rank calls it. Raises CheckpointError on all of
         them."""
-        if self.waiting is not None:
+        if self.pending is not None:
             self._name_shards()
         self._agree()
 
@@ -376,9 +367,9 @@ class Writer:
         """Behind the shards of all ranks: the first one writes the checkpoint. Every rank calls it."""
         self._join()
         files = self._agree(self.files)
-        assert self.waiting is not None
-        content, names, written, folder = self.waiting
-        self.waiting = None
+        assert self.pending is not None
+        content, names, written, folder = self.pending
+        self.pending = None
         if sharded.here()[0]:
             self.whole = int(content["step"])
             return
@@ -395,7 +386,7 @@ class Writer:
             shard_files.opened(self.folder, content["shards"])  # as a resume will find them
         for path in self.beside:
             if path.is_file():
-                sync(path)
+                shard_files.sync(path)
         size = write(content, self.folder, names)
         self.whole = int(content["step"])
         written(size)

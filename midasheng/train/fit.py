@@ -27,7 +27,7 @@ from midasheng import __version__, config
 from midasheng.config import AUTO, DDP, FSDP, ConfigError, Stage, UserError
 from midasheng.data.index import CorpusIndex
 from midasheng.data.ledger import Ledger, Skipped, drop_after, trim
-from midasheng.data.loader import first_clips, keep_freed_memory, train_loader
+from midasheng.data.loader import Loading, first_clips, keep_freed_memory, train_loader
 from midasheng.data.plan import Planner, differences
 from midasheng.data.quarantine import FILE, quarantined, records
 from midasheng.data.room import DataRoom, open_data, plan_data
@@ -229,13 +229,14 @@ def shared(lead: int, corpora: Sequence[CorpusIndex]) -> str:
     return "; ".join(parts)
 
 
-def words(order: Order, inputs: dict[str, Any], state: str, without: Set[tuple[int, int]]) -> dict[str, str]:
+def to_agree_on(order: Order, inputs: dict[str, Any], state: str, without: Set[tuple[int, int]]) -> dict[str, str]:
     """What all processes of a run must see alike: what -> it, or its fingerprint."""
     settings = config.flat(dataclasses.asdict(order.stage))
     return {
         "code": world.code_fingerprint(), **{name: json.dumps(value) for name, value in settings.items()},
-        "index or plan": world.short(inputs["plan"]), "weights to start from": world.short(inputs["parents"]),
-        "state of the run folder": state, "quarantine": world.short(sorted(without)),
+        "index or plan": world.fingerprint(inputs["plan"]),
+        "weights to start from": world.fingerprint(inputs["parents"]),
+        "state of the run folder": state, "quarantine": world.fingerprint(sorted(without)),
     }  # fmt: skip
 
 
@@ -271,7 +272,7 @@ def fit(order: Order, ranks: World | None = None) -> None:
     state = "new" if order.fresh else check_run_folder(order, inputs)
     without = records([] if order.fresh else quarantined(folder), data.corpora)
     if state == "finished":
-        ranks.alike(words(order, inputs, state, without))
+        ranks.alike(to_agree_on(order, inputs, state, without))
         if first:
             print(f"{folder} is finished (NAME=... for another run, FRESH=1 to train it again)")
         return
@@ -285,7 +286,7 @@ def fit(order: Order, ranks: World | None = None) -> None:
             probe.read_tasks(Path(stage.data.probe), Path(stage.data.root))
         except UserError as error:
             raise ConfigError(f"data.probe: {error}; or write data.probe='' for none") from None
-    ranks.alike(words(order, inputs, state, without))
+    ranks.alike(to_agree_on(order, inputs, state, without))
     if first:
         print(text)
         if order.fresh:
@@ -319,10 +320,12 @@ def train(
         ListeningTest(data.held_out, folder, stage.data.answers, stage.log.answers), folder, ranks.stop, saved,
     )  # fmt: skip
     # behind it nobody reads any more what the first process is about to trim
-    ranks.alike({"weights": world.short([module.start_digests, module.base]), "checkpoint": f"step {module.done}"})
+    ranks.alike(
+        {"weights": world.fingerprint([module.start_digests, module.base]), "checkpoint": f"step {module.done}"}
+    )
     ranks.tell, ranks.waits, steps_done = partial(tell, module), module.waits, module.done
     told: list[Logger] = []
-    if is_first():
+    if ranks.first:
         settings = config.flat(dataclasses.asdict(stage))
         told = trackers.open_trackers(stage.log.trackers, folder, settings, resumed=saved is not None)
     kind = sharded.chosen(hardware, model)
@@ -339,7 +342,7 @@ def train(
     )  # fmt: skip
     # its handler of SIGTERM broadcasts within the signal, whatever collective the others are in
     trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
-    if is_first():
+    if ranks.first:
         trim(folder, steps_done if saved else -1)
         drop_after(folder / "events.jsonl", steps_done + 1 if saved else -1)
         if not saved:  # killed before its first checkpoint
@@ -352,10 +355,10 @@ def train(
         writes = trainer.global_rank == 0 and not saved
         left_out = [Skipped(corpus.card.name, *s) for s in corpus.skipped()] if writes else []
         module.ledger.indexed(corpus.card.name, len(corpus), corpus.summary.reasons, left_out)
-    if is_first():
+    if ranks.first:
         begins = {"step": steps_done, "event": "resume" if saved else "start", "world": trainer.world_size}
         add_event(folder, begins | ({"world_before": saved.get("world")} if saved else {}))
-    if saved and is_first():
+    if saved and ranks.first:
         aside = f"; {len(without)} samples are in {folder / FILE}" if without else ""
         print(f"resuming at step {steps_done} of {data.course.steps}{aside}")
     # else it was killed between its last step and the hand-off; shards are read when the ranks are there
@@ -364,8 +367,8 @@ def train(
             planner, data.corpora, data.chat, data.course.steps, rank=trainer.global_rank, world=trainer.world_size,
             workers=hardware.workers, prefetch=hardware.prefetch, without=without,
         )  # fmt: skip
-        notes = loader.dataset.notes  # type: ignore[attr-defined]
-        module.data_at = lambda step: notes.where(step, data.corpora)
+        assert isinstance(loader.dataset, Loading)
+        module.data_at = partial(loader.dataset.notes.where, corpora=data.corpora)
         del saved
         with stoppable(ranks.stop, voting=True), module.writer:
             try:
@@ -375,7 +378,7 @@ def train(
                     raise
                 raise explained from error
         module.restore_rest()  # where no step was left to train
-    if trainer.is_global_zero:
+    if ranks.first:
         record = {
             "stage": stage.name, "name": order.name, "scale": order.scale, "steps": module.done,
             "parents": inputs["parents"], "plan": planner.fingerprint(),
@@ -443,9 +446,8 @@ def in_words(error: Exception, step: int) -> Exception:
 
 
 def tell(module: StageModule, event: dict[str, Any]) -> None:
-    """A row of events.jsonl at the last checkpoint, where a resume begins: it keeps what stands there."""
-    if is_first():
-        add_event(module.run, {"step": module.saved, "at_step": module.done} | event)
+    """A row of events.jsonl at the last checkpoint, where a resume begins: it keeps what stands there. For rank 0."""
+    add_event(module.run, {"step": module.saved_steps, "at_step": module.done} | event)
 
 
 class Fails(L.Callback):

@@ -71,7 +71,7 @@ class StageModule(L.LightningModule):
         self.test, self.stop = test, stop
         self.meter = Meter(corpora, sorted({language for card in cards for language in card.languages}))
         self.tasks, self.skips = {card.name: card.task for card in cards}, Skips(stage.optim)
-        self.done, self.saved = 0, 0  # finished steps; those that the last checkpoint of this process holds
+        self.done, self.saved_steps = 0, 0  # finished steps; those that the last checkpoint of this process holds
         self.began, self.seconds = time.monotonic(), 0.0  # training up to the last checkpoint, over all resumes
         self.plan_state: dict[str, Any] = {}
         self.planner: Planner | None = None
@@ -223,10 +223,7 @@ class StageModule(L.LightningModule):
         step as the ledger is to have it. Raises NotFinite where too many were skipped in a row."""
         skips, rank = self.skips, self.trainer.global_rank
         held = references(batch.numbers, batch.packs, [loss_S.tolist() for loss_S in read.losses])
-        everywhere: list[Any] = [[{"rank": rank, **pack} for pack in held]]
-        if self.trainer.world_size > 1:  # all ranks are here
-            everywhere = [None] * self.trainer.world_size
-            torch.distributed.all_gather_object(everywhere, [{"rank": rank, **pack} for pack in held])
+        everywhere = sharded.of_all([{"rank": rank, **pack} for pack in held])  # all ranks are here
         packs = [pack for of_rank in everywhere for pack in of_rank]
         if rank == 0:
             why = {"number": batch.step, "because": because, "grad_norm": f"{read.norm}", "in_a_row": skips.in_a_row}
@@ -351,7 +348,7 @@ class StageModule(L.LightningModule):
         waited = round(time.monotonic() - began, 3)
 
         def written(size: int) -> None:
-            seconds, self.saved = round(time.monotonic() - began, 3), content["step"]
+            seconds, self.saved_steps = round(time.monotonic() - began, 3), content["step"]
             add_event(self.run, event | {"seconds": seconds, "waited": waited, "bytes": size})
             shard_files.forget(self.last.parent)
 
@@ -366,7 +363,7 @@ class StageModule(L.LightningModule):
         checkpoint.restore(self.model, saved, self.last, shards=False)
         self.optimizer_saved = saved
         self.done, self.plan_state, self.start_digests = saved["step"], saved["plan"], saved["start_digests"]
-        self.saved, self.seconds, self.best = self.done, saved["seconds"], saved["best"]
+        self.saved_steps, self.seconds, self.best = self.done, saved["seconds"], saved["best"]
         self.skips.restore(saved["skips"])
         # the sums were reduced: one rank carries them on; with other corpora (a restarted plan) they begin again
         if is_first() and saved["corpora"] == list(self.meter.corpora):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import shutil
@@ -118,13 +117,20 @@ def place(folder: Path, step: int) -> str:
     """Make a folder for the shards of a step, below that of the checkpoints; returns its name. What a run that was
     killed while it wrote has left is removed first."""
     forget(folder)
-    for number in itertools.count():
-        name = f"{PREFIX}{step:08d}" + (f"-{number}" if number else "")
-        # taken: killed between best.ckpt and last.ckpt, which is of an earlier step
-        if not (folder / name).exists():
-            (folder / name).mkdir()
-            return name
-    raise AssertionError
+    name = f"{PREFIX}{step:08d}"
+    while (folder / name).exists():
+        name += "+"  # best.ckpt names that one; a kill left last.ckpt at an earlier step, from which the run came again
+    (folder / name).mkdir()
+    return name
+
+
+def sync(path: Path) -> None:
+    """Bring a file, or the names in a folder, to the disk itself."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write(folder: Path, mine: Mine) -> dict[str, tuple[int, str]]:
@@ -132,12 +138,8 @@ def write(folder: Path, mine: Mine) -> dict[str, tuple[int, str]]:
     OSError, SafetensorError."""
     path = folder / mine.file
     save_file(mine.tensors, path, metadata=mine.about)
-    for written in (path, folder):
-        handle = os.open(written, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+    sync(path)
+    sync(folder)
     return {mine.file: (path.stat().st_size, sha256_file(path))}
 
 

@@ -324,21 +324,20 @@ class World:
     # -- the watch, in a thread of its own
 
     def _look_after(self) -> None:
-        number = 0
+        store, number = self._own, 0
         while not self._over.wait(TURN_S):
+            if store is None:
+                self._say_stall(0, self._stall())
+                continue
             number += 1
             try:
-                stall = self._stall()
-                if self._own is None:
-                    self._say_stall(0, stall)
-                    continue
-                why = self._look(self._own, number, stall)
+                why = self._look(store, number, self._stall())
             except DistError:
                 why = (0, f"{LOST}: neither it nor its launcher answers")
             except Exception as error:  # a watch that ends without a word would end the run half a minute later
                 why = (self.rank, f"its watch failed: {last_line(error)}")
             if why and not self._over.is_set():
-                self._end(*why)
+                self._end(store, *why)
 
     def _look(self, store: Store, number: int, stall: str) -> tuple[int, str] | None:
         """One look; returns the rank that failed, and how, if one did."""
@@ -386,7 +385,7 @@ class World:
             print(f"\nSTALL: {text}", file=sys.stderr, flush=True)
             self.tell({"event": "stall", "rank": rank, "at": text})
 
-    def _end(self, rank: int, text: str) -> None:
+    def _end(self, store: Store, rank: int, text: str) -> None:
         """The run has failed: rank 0 says so, and this process has a while to end by itself."""
         if not self.failed:
             self.failed, self.guilty = f"rank {rank} ({self.hosts[rank]}): {text}", rank
@@ -395,7 +394,7 @@ class World:
             if self.first:
                 self.tell({"event": "failed", "rank": rank, "error": self.failed})
                 with contextlib.suppress(DistError):
-                    self._own.set(SAID, "")  # type: ignore[union-attr]
+                    store.set(SAID, "")
         if not self._over.wait(GRACE_S):
             _exit(1)
 
@@ -442,7 +441,7 @@ def code_fingerprint() -> str:
     return digest.hexdigest()[:16]
 
 
-def short(value: object) -> str:
+def fingerprint(value: object) -> str:
     """Hash of anything that JSON can say."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 

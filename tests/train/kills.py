@@ -12,7 +12,6 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -238,7 +237,6 @@ def main(folder: Path, tiny: soak.Tiny) -> None:
 
     weights.FILE_BYTES = FILE_BYTES
     log = folder / "whole.log"
-    soak.ends_well([soak.fork(log, partial(soak.make_index, tiny, folder))], log)
     soak.ends_well(soak.start(2, log, given("whole")), log)
     run = folder / "killed" / soak.RUN
     for number, (case, inject) in enumerate(CASES.items()):

@@ -181,12 +181,6 @@ def order(tiny: Tiny, runs: Path, steps: int) -> Order:
     return Order(config.load(STAGE, "mini", given, CONFIGS), runs, "mini", "stage1_align", "", False)
 
 
-def make_index(tiny: Tiny, runs: Path) -> int:
-    """Of several processes at once, only the first would make it."""
-    read_data(order(tiny, runs, 12).stage, make=True)
-    return 0
-
-
 def soak(folder: Path, rounds: int, seed: int, strategy: str, tiny: Tiny) -> None:
     """An unbroken run, and one that is killed `rounds` times, each with the same sample in quarantine."""
     steps = rounds * EVERY + EVERY

@@ -13,7 +13,7 @@ from torch.distributed import TCPStore
 
 from midasheng.config import ConfigError, UserError, schema
 from midasheng.train import world
-from midasheng.train.fit import words
+from midasheng.train.fit import to_agree_on
 from midasheng.train.order import command_line
 from midasheng.train.world import LAUNCH, World, code_fingerprint, differing, launched
 from tests.conftest import order_for
@@ -174,16 +174,16 @@ def test_every_setting_is_compared(tiny, tmp_path):
     """Also those that a resume may change: ranks that validate in different steps wait for each other for ever."""
     order = order_for("stage1_align", tiny, tmp_path)
     mine, other = (
-        words(o, {"plan": 1, "parents": []}, "new", frozenset())
+        to_agree_on(o, {"plan": 1, "parents": []}, "new", frozenset())
         for o in (order, order_for("stage1_align", tiny, tmp_path, log__val_every=77))
     )
     assert set(schema()) < mine.keys()
     assert differing(["a", "b"], [mine, other]) == ["rank 1 (b) has another log.val_every than most: 77, not 2"]
     for changed in (
-        words(order, {"plan": 2, "parents": []}, "new", frozenset()),
-        words(order, {"plan": 1, "parents": [{}]}, "new", frozenset()),
-        words(order, {"plan": 1, "parents": []}, "unfinished", frozenset()),
-        words(order, {"plan": 1, "parents": []}, "new", frozenset({(0, 0)})),
+        to_agree_on(order, {"plan": 2, "parents": []}, "new", frozenset()),
+        to_agree_on(order, {"plan": 1, "parents": [{}]}, "new", frozenset()),
+        to_agree_on(order, {"plan": 1, "parents": []}, "unfinished", frozenset()),
+        to_agree_on(order, {"plan": 1, "parents": []}, "new", frozenset({(0, 0)})),
     ):
         assert len(differing(["a", "b"], [mine, changed])) == 1
 
