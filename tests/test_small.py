@@ -43,8 +43,8 @@ def decoder(stage) -> Decoder:
 
 
 def test_stage_1_does_not_destroy_the_decoder(stage):
-    """The decoder is pretrained: stage 1 moves it less than what starts from nothing, and so does stage 3: with mini's
-    rates it stopped listening (LOG.md)."""
+    """The decoder is pretrained: stage 1 moves it less than what starts from nothing. With mini's rates stage 3 costs what
+    stage 2 had learned (LOG.md)."""
     assert set(stage.optim.lr_for) == {"audio_encoder.*", "audio_projector.*"}
     assert stage.optim.lr < min(stage.optim.lr_for.values()) / 5
     for name, of_mini in (("stage2_pretrain", 1.0), ("stage3_sft", 0.25)):
