@@ -330,5 +330,5 @@ def test_shards_are_never_written_over_those_that_a_checkpoint_names(tmp_path):
     (tmp_path / "shards-00000005").mkdir()
     assert shard_files.place(tmp_path, 6) == "shards-00000006+"
     there = sorted(p.name for p in tmp_path.glob("shards-*"))
-    assert there == ["shards-00000004", "shards-00000006", "shards-00000006-1"]
+    assert there == ["shards-00000004", "shards-00000006", "shards-00000006+"]
     assert shard_files.place(tmp_path, 6) == "shards-00000006+"  # killed once more: what it left is not named
