@@ -33,7 +33,7 @@ from midasheng.data.quarantine import FILE, quarantined, records
 from midasheng.data.room import DataRoom, open_data, plan_data
 from midasheng.evaluate import probe
 from midasheng.model import adapt, attention, kernels, loss, weights
-from midasheng.model.audio_lm import AudioLM
+from midasheng.model.audio_lm import PARTS, AudioLM
 from midasheng.model.decoder import with_vocabulary
 from midasheng.model.encoder import EncoderShape
 from midasheng.model.sources import WeightsError, check_learned, check_stage, open_source
@@ -128,6 +128,22 @@ def build(
     if carried:
         lines.append(f"LoRA of {carried} layers carried over, the others fresh")
     return model, "\n".join(lines) + "\n\n" + table + "\n", plan
+
+
+def skeleton(stage: Stage, added: range) -> tuple[AudioLM, str]:
+    """The model of a stage without memory for its weights, and the table of what learns; `added`: ids that
+    tokenizer.add gave the tokenizer. Raises UserError."""
+    e, d, lora = stage.model.encoder, stage.model.decoder, stage.lora
+    fields = with_vocabulary(d.architecture, d.fields, added.stop) if added else d.fields
+    model = AudioLM(EncoderShape(e.dim, e.depth, e.heads), d.architecture, fields, PARTS)
+    adapt.freeze_all_but(model, stage.train)
+    adapted: dict[str, list[str]] = {}
+    if lora.targets:
+        with torch.device("meta"):
+            adapted = adapt.add_lora(model, adapt.LoraPlan(tuple(lora.targets), lora.rank, lora.alpha, lora.dropout), 0)
+    model.decoder.learn_rows(added)
+    adapt.set_precision(model, stage.run.precision)
+    return model, adapt.learns(model, stage.train, adapted, lora.rank).table(stage.optim.name == "adamw8bit")
 
 
 def measurable(order: Order, starts: Sequence[weights.Start], added: range) -> AudioLM:

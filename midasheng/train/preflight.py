@@ -8,16 +8,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-
 from midasheng.config import FSDP, Stage, UserError
 from midasheng.data.quarantine import quarantined, records
 from midasheng.data.room import DataRoom, Sources, mixes, open_data, plan_data
 from midasheng.data.storage import StorageError, is_url, list_shards
-from midasheng.model import adapt, weights
-from midasheng.model.audio_lm import PARTS, AudioLM
-from midasheng.model.decoder import with_vocabulary
-from midasheng.model.encoder import EncoderShape
+from midasheng.model import weights
+from midasheng.model.audio_lm import AudioLM
 from midasheng.train import checkpoint, fit, memory, sharded
 from midasheng.train.order import Order, check_run_folder
 from midasheng.train.world import World
@@ -67,22 +63,6 @@ class Preflight:
         return "\n".join([*lines, verdict + (f"; not checked here: {', '.join(unknown)}" if unknown else "")])
 
 
-def skeleton(stage: Stage, added: range) -> tuple[AudioLM, str]:
-    """The model of a stage without memory for its weights, and the table of what learns; `added`: ids that
-    tokenizer.add gave the tokenizer. Raises UserError."""
-    e, d, lora = stage.model.encoder, stage.model.decoder, stage.lora
-    fields = with_vocabulary(d.architecture, d.fields, added.stop) if added else d.fields
-    model = AudioLM(EncoderShape(e.dim, e.depth, e.heads), d.architecture, fields, PARTS)
-    adapt.freeze_all_but(model, stage.train)
-    adapted: dict[str, list[str]] = {}
-    if lora.targets:
-        with torch.device("meta"):
-            adapted = adapt.add_lora(model, adapt.LoraPlan(tuple(lora.targets), lora.rank, lora.alpha, lora.dropout), 0)
-    model.decoder.learn_rows(added)
-    adapt.set_precision(model, stage.run.precision)
-    return model, adapt.learns(model, stage.train, adapted, lora.rank).table(stage.optim.name == "adamw8bit")
-
-
 def preflight(order: Order) -> Preflight:
     """Check one stage as its start does, as far as this machine allows; trains nothing, and writes nothing but an index
     of shards that is missing."""
@@ -114,7 +94,7 @@ def preflight(order: Order) -> Preflight:
         )
         model = shape = built[0] if built else None
     else:
-        made = found.checked("what learns", lambda: skeleton(stage, added), lambda m: m[1].strip())
+        made = found.checked("what learns", lambda: fit.skeleton(stage, added), lambda m: m[1].strip())
         shape = made[0] if made else None
     _plan(found, order, sources, starts)
     if shape is not None:
