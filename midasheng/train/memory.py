@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import math
 import os
 import weakref
@@ -57,10 +58,10 @@ class Live(TorchDispatchMode):
     def __enter__(self) -> Live:
         self._resize = resize = torch.UntypedStorage.resize_
 
-        def resized(storage: torch.UntypedStorage, size: int) -> None:  # no operation that is dispatched
-            before = storage.nbytes()
-            resize(storage, size)
+        def resized(storage: torch.UntypedStorage, size: int) -> Any:  # no operation that is dispatched
+            before, out = storage.nbytes(), resize(storage, size)
             self._add(storage, storage.nbytes() - before)
+            return out
 
         torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign, assignment]
         super().__enter__()
@@ -319,17 +320,21 @@ def measured(lm: AudioLM, order: Order, sources: Sources, shape: Budget, ranks: 
     shared = sharded.chosen(stage.hardware, lm) == FSDP
     try:
         if shared:
+            gc.collect()  # one whose trial failed: FSDP2's hooks hold it in circles
             ranks.alike({"pack to try": f"{shape.pack_slots} slots, {shape.pack_frames} frames, {most}"})
             sharded.join(device, world)
             sharded.blank(lm, device, stage.hardware.shard)
         else:
             lm.to(device)
         yield Memory(lm, stage, device, most, -(-shape.packs_per_step // world), world)
+        if shared:
+            lm.to_empty(device="meta")
     except OUT_OF_MEMORY as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{_budget(shape)}: out of memory ({first}); {remedy(order, shape, None)}") from None
     finally:
-        lm.to_empty(device="meta") if shared else lm.to("cpu")
+        if not shared:
+            lm.to("cpu")
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
