@@ -68,7 +68,7 @@ def test_what_is_not_on_this_machine_is_not_called_right(tiny, tmp_path):
 @pytest.mark.parametrize("auto", [False, True])
 def test_the_largest_pack_of_ranks_that_share_is_tried_as_one_of_them(tiny, tmp_path, auto):
     """Without weights, as the first among imagined ones, of whatever number, one stage after the other."""
-    more = {"hardware__strategy": "fsdp", "hardware__memory_gib": 1}
+    more = {"hardware__strategy": "fsdp", "hardware__memory_gib": 0.03}
     more |= {"batch__kind": "throughput", "batch__pack_slots": "auto"} if auto else {}
     for devices in (2, 80):
         found = preflight(order_for("stage2_pretrain", tiny, tmp_path, hardware__devices=devices, **more))
