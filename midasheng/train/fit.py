@@ -12,7 +12,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Callable, Sequence, Set
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,25 +93,48 @@ def build(
 ) -> tuple[AudioLM, str, adapt.LoraPlan | None]:
     """The model with its start weights, LoRA and precision, and the text that says what came from where and what
     learns. `added`: ids that tokenizer.add gave the tokenizer. Raises UserError."""
-    stage = order.stage
+    model, said, table, plan = _assembled(order.stage, starts, added)
+    empty = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    assert not empty, f"{len(empty)} tensors have no memory, the first {empty[0]}"
+    return model, "\n".join(said) + "\n\n" + table + "\n", plan
+
+
+def skeleton(stage: Stage, added: range) -> tuple[AudioLM, str]:
+    """The same model without memory for its weights, and the table of what learns; its buffers are there. Raises
+    UserError."""
+    model, _, table, _ = _assembled(stage, None, added)
+    return model, table
+
+
+def _assembled(
+    stage: Stage, starts: Sequence[weights.Start] | None, added: range
+) -> tuple[AudioLM, list[str], str, adapt.LoraPlan | None]:
+    """The one way from a stage to its model: (model, lines on what came from where, table of what learns, LoRA).
+    `starts`: None for parameters on the meta device, whose table is all that is said of them."""
     e, d = stage.model.encoder, stage.model.decoder
     torch.manual_seed(counter_seed(stage.run.seed, "fresh", stage.name) % 2**63)
     shape = EncoderShape(e.dim, e.depth, e.heads)
     fields = with_vocabulary(d.architecture, d.fields, added.stop) if added else d.fields
-    model = AudioLM(shape, d.architecture, fields, weights.loaded_parts(starts, stage.fresh))
+    parts = PARTS if starts is None else weights.loaded_parts(starts, stage.fresh)
+    model = AudioLM(shape, d.architecture, fields, parts)
     adapt.freeze_all_but(model, stage.train)
-    origins = weights.load(
-        model, starts, stage.fresh, merge_lora=stage.lora.inherit == "merge", precision=stage.run.precision,
-        added=added,
-    )  # fmt: skip
+    said = []
+    if starts is not None:
+        origins = weights.load(
+            model, starts, stage.fresh, merge_lora=stage.lora.inherit == "merge", precision=stage.run.precision,
+            added=added,
+        )  # fmt: skip
+        said = [f"{'origin':34}{'part':>18}{'tensors':>8}"] + [f"{o:34}{p:>18}{n:8}" for o, p, n in origins]
+        said += [f"{s.source.where}: {s.source.note}" for s in starts if s.source.note]
     plan, adapted = None, {}
     if stage.lora.targets:
         plan = adapt.LoraPlan(tuple(stage.lora.targets), stage.lora.rank, stage.lora.alpha, stage.lora.dropout)
-        adapted = adapt.add_lora(model, plan, counter_seed(stage.run.seed, "lora", stage.name) % 2**63)
-    carried = 0
-    if stage.lora.inherit == "carry":
+        with torch.device("meta") if starts is None else nullcontext():
+            adapted = adapt.add_lora(model, plan, counter_seed(stage.run.seed, "lora", stage.name) % 2**63)
+    if starts is not None and stage.lora.inherit == "carry":
         whole = [s for s in starts if adapt.matches("decoder.model.layers.0.self_attn.q_proj.weight", s.take)]
-        carried = sum(weights.carry_lora(model, s.source, plan) for s in whole)
+        if carried := sum(weights.carry_lora(model, s.source, plan) for s in whole):
+            said.append(f"LoRA of {carried} layers carried over, the others fresh")
     model.decoder.learn_rows(added)
     optim.groups(model.named_parameters(), stage.optim)  # so that a wrong lr_for is an error before anything is written
     model.recompute(stage.hardware.recompute)
@@ -120,30 +143,8 @@ def build(
     if stage.hardware.compile:
         model.compile_blocks()
     adapt.set_precision(model, stage.run.precision)
-    empty = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
-    assert not empty, f"{len(empty)} tensors have no memory, the first {empty[0]}"
     table = adapt.learns(model, stage.train, adapted, stage.lora.rank).table(stage.optim.name == "adamw8bit")
-    lines = [f"{'origin':34}{'part':>18}{'tensors':>8}"] + [f"{o:34}{p:>18}{n:8}" for o, p, n in origins]
-    lines += [f"{s.source.where}: {s.source.note}" for s in starts if s.source.note]
-    if carried:
-        lines.append(f"LoRA of {carried} layers carried over, the others fresh")
-    return model, "\n".join(lines) + "\n\n" + table + "\n", plan
-
-
-def skeleton(stage: Stage, added: range) -> tuple[AudioLM, str]:
-    """The model of a stage without memory for its weights, and the table of what learns; `added`: ids that
-    tokenizer.add gave the tokenizer. Raises UserError."""
-    e, d, lora = stage.model.encoder, stage.model.decoder, stage.lora
-    fields = with_vocabulary(d.architecture, d.fields, added.stop) if added else d.fields
-    model = AudioLM(EncoderShape(e.dim, e.depth, e.heads), d.architecture, fields, PARTS)
-    adapt.freeze_all_but(model, stage.train)
-    adapted: dict[str, list[str]] = {}
-    if lora.targets:
-        with torch.device("meta"):
-            adapted = adapt.add_lora(model, adapt.LoraPlan(tuple(lora.targets), lora.rank, lora.alpha, lora.dropout), 0)
-    model.decoder.learn_rows(added)
-    adapt.set_precision(model, stage.run.precision)
-    return model, adapt.learns(model, stage.train, adapted, lora.rank).table(stage.optim.name == "adamw8bit")
+    return model, said, table, plan
 
 
 def measurable(order: Order, starts: Sequence[weights.Start], added: range) -> AudioLM:
