@@ -403,7 +403,7 @@ class World:
             self.tell({"event": "stall", "rank": rank, "at": text})
 
     def _end(self, store: Store, rank: int, text: str) -> None:
-        """The run has failed: rank 0 (of a lost rank 0, rank 1) says so, and this process has a while to end by itself."""
+        """The run has failed: rank 0 says so, or rank 1 for it, and this process has a while to end by itself."""
         if not self.failed:
             self.failed, self.guilty = f"rank {rank} ({self.hosts[rank]}): {text}", rank
             if self.first or (self.rank == 1 and rank == 0 and text.startswith(LOST)):
