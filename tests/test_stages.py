@@ -104,7 +104,7 @@ def refused(capsys, status: int, *words: str) -> None:
         ({"lora__dropout": 1.5}, ["lora.dropout: 1.5"]),
         ({"run__length": "0 steps"}, ["trains nothing"]),
         ({"lora__targets": "q_proj"}, ["write a list", "lora.targets=[...]"]),
-        ({"data__mix": ""}, ["data.mix", "empty"]),
+        ({"data__mix": ""}, ["data.mix", "no manifest", "there are: align"]),
         ({"optim__lr_for": "{nothing: 1e-3}"}, ["`nothing` matches no tensor that learns"]),
         ({"model__decoder__fields__hidden_sizes": 3}, ["hidden_sizes"]),
         ({"hardware__attention": "varlen"}, ["varlen does not run on cpu in torch.float32", "write sdpa"]),
