@@ -114,6 +114,13 @@ def read(path: Path) -> dict[str, Any]:
     return saved
 
 
+def step_there(run: Path) -> int:
+    """The step of a run's last checkpoint, as far as its head says; 0 where none can be read."""
+    with suppress(Exception):
+        return int(torch.load(run / "checkpoints" / LAST, map_location="cpu", mmap=True, weights_only=True)["step"])
+    return 0
+
+
 def instead(path: Path) -> str:
     """What to do where a checkpoint cannot be read."""
     best, way = path.with_name(BEST), "FRESH=1 begins anew"

@@ -42,7 +42,7 @@ from midasheng.train import checkpoint, memory, optim, sharded, trackers, world
 from midasheng.train.listening import LONGEST, ListeningTest
 from midasheng.train.meter import add_event
 from midasheng.train.module import StageModule
-from midasheng.train.order import Order, check_run_folder, command_line
+from midasheng.train.order import Order, check_run_folder, command_line, empty, held, look_for_others
 from midasheng.train.progress import ProgressLine, ending
 from midasheng.train.world import Elsewhere, Stopped, World, is_first, stoppable
 
@@ -257,6 +257,8 @@ def fit(order: Order, ranks: World | None = None) -> None:
     assert ranks.size == asked, f"{ranks.size} processes, hardware.devices x hardware.nodes is {asked}"
     ranks.stall_s = order.stage.hardware.stall_s
     config.check_start(order.stage)
+    if first:
+        look_for_others(folder)
     trackers.check(order.stage.log.trackers)
     kernels = verified(order.stage)  # first: memory is measured with them
     if order.stage.hardware.threads:
@@ -301,16 +303,19 @@ def fit(order: Order, ranks: World | None = None) -> None:
             raise ConfigError(f"data.probe: {error}; or write data.probe='' for none") from None
     ranks.alike(to_agree_on(order, inputs, state, without))
     if first:
-        print(text)
-        if order.fresh:
-            shutil.rmtree(folder, ignore_errors=True)
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (folder / "trainable.txt").write_text(text, encoding="utf-8")
-        (folder / "inputs.json").write_text(json.dumps(inputs, indent=2) + "\n", encoding="utf-8")
-        # last: from here on the folder is a run
-        (folder / "config.yaml").write_text(order.loaded.yaml(), encoding="utf-8")
-    ranks.gather("the run folder")  # is made
-    train(order, data, planner, model, plan, inputs, ranks, without)
+        folder.mkdir(parents=True, exist_ok=True)
+    with held(folder, ranks):
+        if first:
+            print(text)
+            if order.fresh:
+                empty(folder)
+            (folder / "checkpoints").mkdir(exist_ok=True)
+            (folder / "trainable.txt").write_text(text, encoding="utf-8")
+            (folder / "inputs.json").write_text(json.dumps(inputs, indent=2) + "\n", encoding="utf-8")
+            # last: from here on the folder is a run
+            (folder / "config.yaml").write_text(order.loaded.yaml(), encoding="utf-8")
+        ranks.gather("the run folder")  # is made
+        train(order, data, planner, model, plan, inputs, ranks, without)
 
 
 def train(
@@ -459,8 +464,19 @@ def in_words(error: Exception, step: int) -> Exception:
 
 
 def tell(module: StageModule, event: dict[str, Any]) -> None:
-    """A row of events.jsonl at the last checkpoint, where a resume begins: it keeps what stands there. For rank 0."""
-    add_event(module.run, {"step": module.saved_steps, "at_step": module.done} | event)
+    """A row of events.jsonl at the last checkpoint, where a resume begins: it keeps what stands there."""
+    saved = module.saved_steps if is_first() else checkpoint.step_there(module.run)
+    add_event(module.run, {"step": saved, "at_step": module.done} | event)
+
+
+def tell_of_the_dead(folder: Path, rank: int, text: str) -> None:
+    """From the launcher, once all processes have ended and none has said why; how far they were, none can say."""
+    print(f"error: rank {rank}: {text}", file=sys.stderr)
+    if (folder / "config.yaml").is_file():
+        saved = checkpoint.step_there(folder)
+        row = {"step": saved, "at_step": saved, "rank": rank, "error": f"rank {rank}: {text}"}
+        with suppress(OSError):
+            add_event(folder, {"event": "failed"} | row)
 
 
 class Fails(L.Callback):
@@ -500,7 +516,9 @@ def run_stage(
                         f"NODES={hardware.nodes} GPUS={hardware.devices} NODE_RANK=0 (1, 2, ...) "
                         "MASTER_ADDR=first-node, or `make submit`"
                     )
-                status = world.start_here(hardware.devices)
+                config.check_start(order.stage)
+                open_starts(order)  # once, before so many processes do: a mistake is said at once, a hub asked once
+                status = world.start_here(hardware.devices, partial(tell_of_the_dead, order.folder))
                 return status
             ranks = world.join(ranks.stop)
             ranks.begin()
