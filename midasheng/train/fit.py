@@ -392,7 +392,7 @@ def train(
             try:
                 trainer.fit(module, loader)
             except Exception as error:
-                if (explained := in_words(error, module.done)) is error:
+                if (explained := in_words(error, module)) is error:
                     raise
                 raise explained from error
         module.restore_rest()  # where no step was left to train
@@ -445,11 +445,13 @@ class OutOfMemory(UserError, MemoryError):
     """A step did not fit."""
 
 
-def in_words(error: Exception, step: int) -> Exception:
+def in_words(error: Exception, module: StageModule) -> Exception:
     """An error of a machine as one that says what to do; any other as it is."""
-    text, goes_on = str(error), "the same command goes on from the last checkpoint"
+    text, goes_on, step = str(error), "the same command goes on from the last checkpoint", module.done
     if isinstance(error, UserError):
         return error
+    if full := checkpoint.full_disk(error):
+        return module.writer.no_room(full)
     if isinstance(error, memory.OUT_OF_MEMORY) or "can't allocate memory" in text:
         return OutOfMemory(
             f"step {step}: out of memory ({world.last_line(error)}); {goes_on}, with less of it: "
@@ -489,7 +491,7 @@ class Fails(L.Callback):
         """A stop is none: all ranks have voted for it."""
         assert isinstance(pl_module, StageModule)
         if isinstance(exception, Exception):
-            explained = in_words(exception, pl_module.done)
+            explained = in_words(exception, pl_module)
             self.ranks.fail(world.last_line(explained), of_a_collective=world.broken_collective(exception))
 
 
