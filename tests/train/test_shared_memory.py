@@ -79,10 +79,10 @@ def of_ranks(folder) -> list[dict]:
 @pytest.mark.parametrize("case", shares.CASES)
 def test_a_shared_step_takes_what_was_tried_without_weights(of_ranks, case):
     """A whole second step of a real model with its optimizer, as torch's allocator counts it, on the rank that takes
-    more: to 2 %; by the fit over smaller packs to 3 %."""
+    more: to the byte, or 2 % in half precision, where a CPU's kernels take some; by the fit over smaller packs to 3 %."""
     took = max(of[case]["really"] for of in of_ranks)
     for said in (of[case] for of in of_ranks):
-        assert said["step"] == pytest.approx(took, rel=0.02)
+        assert said["step"] == pytest.approx(took, rel=0.02 if shares.CASES[case][1] else 1e-4)
         assert said["needs"] == pytest.approx(took, rel=0.03)
         assert said["residual"] < 0.01 * took
 
@@ -103,7 +103,7 @@ def test_gradients_that_stay_whole_until_a_steps_last_pack_are_counted(of_ranks)
     for part in ("all", "encoder"):
         one, two = (of_ranks[0][f"{part}, {packs}"] for packs in ("one pack", "two packs"))
         assert two["step"] > one["step"] + 300_000
-        assert one["needs of two packs"] == pytest.approx(two["step"], rel=0.01)
+        assert one["needs of two packs"] == pytest.approx(two["step"], rel=0.002)
 
 
 def test_a_rank_among_imagined_ones_takes_what_it_takes_among_real_ones(of_ranks):
