@@ -24,7 +24,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from midasheng import __version__, config
-from midasheng.config import AUTO, DDP, FSDP, ConfigError, Stage, UserError
+from midasheng.config import DDP, FSDP, ConfigError, Stage, UserError
 from midasheng.data.index import CorpusIndex
 from midasheng.data.ledger import Ledger, Skipped, drop_after, trim
 from midasheng.data.loader import Loading, first_clips, keep_freed_memory, train_loader
@@ -145,17 +145,6 @@ def _assembled(
     adapt.set_precision(model, stage.run.precision)
     table = adapt.learns(model, stage.train, adapted, stage.lora.rank).table(stage.optim.name == "adamw8bit")
     return model, said, table, plan
-
-
-def measurable(order: Order, starts: Sequence[weights.Start], added: range) -> AudioLM:
-    """The model, to try packs with on one device before step 0. Raises ConfigError where ranks will share it."""
-    model = build(order, starts, added)[0]
-    if sharded.chosen(order.stage.hardware, model) == FSDP:
-        raise ConfigError(
-            f"batch.pack_slots={AUTO}: packs are tried on one device, and here ranks share the model (fsdp); write a "
-            "number, as `make forecast` proposes it"
-        )
-    return model
 
 
 def parents_of(starts: Sequence[weights.Start]) -> list[dict[str, Any]]:
@@ -283,7 +272,13 @@ def fit(order: Order, ranks: World | None = None) -> None:
         sources = open_data(order.stage, make=False)
     for start in starts:
         weights.check_tokenizer(start, sources.chat.fingerprint())
-    order = memory.pack_slots(order, sources, lambda: measurable(order, starts, sources.chat.added), ranks)
+    stage, added = order.stage, sources.chat.added
+    kind = sharded.chosen(stage.hardware, skeleton(stage, added)[0])
+
+    def measurable() -> AudioLM:
+        return skeleton(stage, added)[0] if kind == FSDP else build(order, starts, added)[0]
+
+    order = memory.pack_slots(order, sources, measurable, ranks, kind)
     stage = order.stage
     data = plan_data(stage, sources)
     planner = data.planner(stage.run.seed)
@@ -295,9 +290,10 @@ def fit(order: Order, ranks: World | None = None) -> None:
         if first:
             print(f"{folder} is finished (NAME=... for another run, FRESH=1 to train it again)")
         return
-    model, table, plan = build(order, starts, sources.chat.added)
-    kind = sharded.chosen(stage.hardware, model)
-    measured = [] if kind == FSDP else memory.check(order, model, sources, data.budget)
+    # before there is a model, where its memory would be taken twice
+    measured = memory.check(order, measurable(), sources, data.budget, ranks) if kind == FSDP else []
+    model, table, plan = build(order, starts, added)
+    measured = measured or memory.check(order, model, sources, data.budget, ranks)
     lines = [*sharded.lines(kind, stage.hardware), *measured, checkpoint.check_room(folder, model, stage)]
     text = header(order, data, kernels, lines) + "\n" + table
     if stage.data.probe:  # so that a mistake in it is found now
@@ -396,7 +392,7 @@ def train(
             try:
                 trainer.fit(module, loader)
             except Exception as error:
-                if (explained := in_words(error, module.done)) is error:
+                if (explained := in_words(error, module)) is error:
                     raise
                 raise explained from error
         module.restore_rest()  # where no step was left to train
@@ -449,11 +445,13 @@ class OutOfMemory(UserError, MemoryError):
     """A step did not fit."""
 
 
-def in_words(error: Exception, step: int) -> Exception:
+def in_words(error: Exception, module: StageModule) -> Exception:
     """An error of a machine as one that says what to do; any other as it is."""
-    text, goes_on = str(error), "the same command goes on from the last checkpoint"
+    text, goes_on, step = str(error), "the same command goes on from the last checkpoint", module.done
     if isinstance(error, UserError):
         return error
+    if full := checkpoint.full_disk(error):
+        return module.writer.no_room(full)
     if isinstance(error, memory.OUT_OF_MEMORY) or "can't allocate memory" in text:
         return OutOfMemory(
             f"step {step}: out of memory ({world.last_line(error)}); {goes_on}, with less of it: "
@@ -493,7 +491,7 @@ class Fails(L.Callback):
         """A stop is none: all ranks have voted for it."""
         assert isinstance(pl_module, StageModule)
         if isinstance(exception, Exception):
-            explained = in_words(exception, pl_module.done)
+            explained = in_words(exception, pl_module)
             self.ranks.fail(world.last_line(explained), of_a_collective=world.broken_collective(exception))
 
 
