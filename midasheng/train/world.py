@@ -39,7 +39,7 @@ GRACE_S = 15.0  # to end by itself, a checkpoint written, once another one has f
 ALL_GONE_S = 45.0  # for the others, once one process of this machine has failed; then they are killed
 INTERRUPTED, PREEMPTED = 130, 75  # exit statuses: Ctrl-C; the machine wants it back (EX_TEMPFAIL): start it again
 FAILED, SAID, BROKEN = "failed", "said", "broken"  # keys: the first error; it has been said; a collective broke
-STARTED_BY = "MIDASHENG_STARTED_BY"  # the process that `start_here` runs in; a rank without it writes to nobody
+STARTED_BY = "MIDASHENG_STARTED_BY"  # the process that `start_here` runs in; its ranks end with it
 GONE = "its launcher is gone"
 LOST = "lost"  # how the error of a process begins that cannot speak any more
 
