@@ -223,6 +223,11 @@ class World:
         """Is this the process that writes?"""
         return self.rank == 0
 
+    @property
+    def builder(self) -> int:
+        """The first process of this machine; every launcher numbers those of a machine one after the other."""
+        return self.rank - int(os.environ.get("LOCAL_RANK", "0"))
+
     # -- agreeing
 
     def begin(self) -> None:
@@ -232,7 +237,7 @@ class World:
         self._watch.start()
         self.hosts = self.gather("the start", socket.gethostname())
 
-    def gather(self, what: str, mine: str = "") -> list[str]:
+    def gather(self, what: str, mine: str = "", most_s: float = JOIN_S) -> list[str]:
         """What every rank brings to this place, by rank; nobody goes on before all are here. Raises UserError, which
         names whom it waited for."""
         if self.store is None:
@@ -240,7 +245,7 @@ class World:
         self._turn[what] += 1
         keys = [f"{what}/{self._turn[what]}/{rank}" for rank in range(self.size)]
         self.store.set(keys[self.rank], mine)
-        self._await(what, keys, JOIN_S)
+        self._await(what, keys, most_s)
         return [value.decode() for value in self.store.multi_get(keys)]
 
     def of_first(self, what: str, make: Callable[[], T]) -> T:
