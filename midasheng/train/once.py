@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import gc
-import math
 import os
 import shutil
 import tempfile
@@ -40,12 +39,13 @@ def fill(model: AudioLM, build: Callable[[], tuple[AudioLM, str]], ranks: World)
     text, path = "", ""
     with contextlib.ExitStack() as until_all_have_it:
         if ranks.rank == ranks.builder:
+            _forget(place())
             check_room(model)  # before what may take minutes
             path = str(until_all_have_it.enter_context(_temporary()))
             text = _written(Path(path), build)
             give_back_freed_memory()
         # as long as a builder lives it may take its time; one that fails or dies ends the others here
-        told = ranks.gather("the weights", path, most_s=math.inf)
+        told = ranks.gather("the weights", path, for_ever=True)
         take(model, Path(told[ranks.builder]))
         ranks.gather("the weights, mapped")
     return text
@@ -66,7 +66,6 @@ def place() -> Path:
 def check_room(model: AudioLM) -> str:
     """Will the folder hold the weights? Returns a line that says so. Raises UserError."""
     folder = place()
-    _forget(folder)
     tensors = [*model.parameters(), *model.buffers()]
     need, free = sum(t.nbytes + LINE for t in tensors), shutil.disk_usage(folder).free
     if free < need:

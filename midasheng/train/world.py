@@ -237,15 +237,15 @@ class World:
         self._watch.start()
         self.hosts = self.gather("the start", socket.gethostname())
 
-    def gather(self, what: str, mine: str = "", most_s: float = JOIN_S) -> list[str]:
+    def gather(self, what: str, mine: str = "", *, for_ever: bool = False) -> list[str]:
         """What every rank brings to this place, by rank; nobody goes on before all are here. Raises UserError, which
-        names whom it waited for."""
+        names whom it waited for; not where it may be waited for as long as it lives (`for_ever`)."""
         if self.store is None:
             return [mine]
         self._turn[what] += 1
         keys = [f"{what}/{self._turn[what]}/{rank}" for rank in range(self.size)]
         self.store.set(keys[self.rank], mine)
-        self._await(what, keys, most_s)
+        self._await(what, keys, float("inf") if for_ever else JOIN_S)
         return [value.decode() for value in self.store.multi_get(keys)]
 
     def of_first(self, what: str, make: Callable[[], T]) -> T:
