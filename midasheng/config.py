@@ -443,6 +443,8 @@ def load(config: Path, scale: str, settings: list[str], configs: Path = Path("co
         if "=" not in setting or setting.startswith("="):
             raise ConfigError(f"SET: `{setting}` is not of the form key=value")
     if settings:
+        nothing = [f"{name}=" for name, value in flat(dataclasses.asdict(Stage())).items() if value == ""]
+        settings = [f"{s}''" if s in nothing else s for s in settings]  # what a shell leaves of key=''
         try:
             command_line: Any = OmegaConf.to_container(OmegaConf.from_dotlist(settings), resolve=False)
         except Exception as error:  # omegaconf passes on whatever its YAML reader raises

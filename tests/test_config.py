@@ -272,6 +272,15 @@ def test_lists_from_the_command_line():
     assert (stage.lora.targets, stage.train) == (["a", "b"], ["audio_encoder.*"])
 
 
+def test_an_empty_value_means_none_where_that_is_a_value():
+    """SET="data.probe=''" comes without its quotes: a shell takes them away."""
+    assert load(STAGES[0], "mini", [], CONFIGS).stage.data.probe
+    for written in ("data.probe=", "data.probe=''"):
+        assert load(STAGES[0], "mini", [written], CONFIGS).stage.data.probe == ""
+    with pytest.raises(ConfigError, match=r"optim.lr: is empty; give it a value or leave it out"):
+        load(STAGES[0], "mini", ["optim.lr="], CONFIGS)
+
+
 @pytest.mark.parametrize(
     ("text", "means"),
     [("300 steps", (300, "steps")), (" 1.4 epochs", (1.4, "epochs")), ("2e3audio_hours", (2000, "audio_hours"))],

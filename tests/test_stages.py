@@ -18,6 +18,7 @@ from midasheng.model.audio_lm import AudioLM
 from midasheng.model.encoder import EncoderShape
 from midasheng.model.sources import sha256_file
 from midasheng.model.weights import released_config
+from midasheng.train import world
 from midasheng.train.fit import run_stage as main
 from midasheng.train.meter import read_metrics
 from stages import finetune, stage1_align, stage2_pretrain, stage3_sft, text_decoder
@@ -103,7 +104,7 @@ def refused(capsys, status: int, *words: str) -> None:
         ({"lora__dropout": 1.5}, ["lora.dropout: 1.5"]),
         ({"run__length": "0 steps"}, ["trains nothing"]),
         ({"lora__targets": "q_proj"}, ["write a list", "lora.targets=[...]"]),
-        ({"data__mix": ""}, ["data.mix", "empty"]),
+        ({"data__mix": ""}, ["data.mix", "no manifest", "there are: align"]),
         ({"optim__lr_for": "{nothing: 1e-3}"}, ["`nothing` matches no tensor that learns"]),
         ({"model__decoder__fields__hidden_sizes": 3}, ["hidden_sizes"]),
         ({"hardware__attention": "varlen"}, ["varlen does not run on cpu in torch.float32", "write sdpa"]),
@@ -128,6 +129,15 @@ def test_refused_before_anything_is_written(tiny, tmp_path, capsys, more, words)
 def test_unknown_scale_lists_the_scales(tiny, tmp_path, capsys):
     status = run("stage1_align", tiny, tmp_path, "--scale", "minni")
     refused(capsys, status, "did you mean mini", "0.6b, 3b, 7b, generated, mini")
+
+
+def test_what_one_process_can_refuse_starts_no_others(tiny, tmp_path, capsys, monkeypatch):
+    """8 processes took 40 s to say, one after the other, that the stage before is missing."""
+    monkeypatch.setattr(world, "start_here", lambda processes: 99)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    status = run("stage2_pretrain", tiny, tmp_path, hardware__devices=2)
+    refused(capsys, status, "there is no run", "run `make stage1` first")
+    assert run("stage1_align", tiny, tmp_path, hardware__devices=2) == 99
 
 
 def test_a_wrong_target_fails_before_step_0_in_stage_2(tiny, runs, capsys):

@@ -518,6 +518,8 @@ def run_stage(
                         f"NODES={hardware.nodes} GPUS={hardware.devices} NODE_RANK=0 (1, 2, ...) "
                         "MASTER_ADDR=first-node, or `make submit`"
                     )
+                config.check_start(order.stage)
+                open_starts(order)  # once, before so many processes do: a mistake is said at once, a hub asked once
                 status = world.start_here(hardware.devices)
                 return status
             ranks = world.join(ranks.stop)
