@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from midasheng.config import FSDP
 from midasheng.data.loader import keep_freed_memory
 from midasheng.data.room import open_data
 from midasheng.train import once, sharded, world
@@ -43,7 +44,7 @@ def rank(how: str, stage: str, scale: str, *settings: str) -> None:
     now = Path("/proc/self/status")
     imported, began = gigabytes(now, "VmRSS"), time.monotonic()
     starts, added = open_starts(order), sources.chat.added
-    model = (build(order, starts, added) if how == EACH else begin(order, starts, added, ranks))[0]
+    model = (build(order, starts, added) if how == EACH else begin(order, starts, added, ranks, FSDP))[0]
     whole = sum(p.nbytes for p in model.parameters()) / 1e9
     built, seconds = gigabytes(Path("/proc/self/smaps_rollup"), "Pss_Anon"), time.monotonic() - began
     sharded.shard(model, "cpu")
@@ -71,7 +72,7 @@ def node(how: str, processes: int, *asked: str) -> None:
     }  # fmt: skip
     command = [
         sys.executable, "-m", "benchmarks.host_memory", how, *asked, f"hardware.devices={processes}",
-        "hardware.strategy=fsdp",
+        f"hardware.strategy={FSDP}",
     ]  # fmt: skip
     print(f"{processes} processes, the model is built by {'each' if how == EACH else 'one'}:", flush=True)
     ranks = [

@@ -38,6 +38,14 @@ class CheckpointError(UserError):
     """A checkpoint that cannot be read, does not fit the run, or could not be written."""
 
 
+def full_disk(error: BaseException) -> OSError | None:
+    """The error of a disk that takes nothing more, where one is behind this; a logger gives it a name of its own."""
+    found: BaseException | None = error
+    while found is not None and not (isinstance(found, OSError) and found.errno in FULL):
+        found = found.__cause__
+    return found
+
+
 # -- what is in it -----------------------------------------------------------------------------------------------------
 
 
@@ -112,6 +120,13 @@ def read(path: Path) -> dict[str, Any]:
     if saved["shards"]:  # before anything of the run is touched
         shards_of(saved, path)
     return saved
+
+
+def step_there(run: Path) -> int:
+    """The step of a run's last checkpoint, as far as its head says; 0 where none can be read."""
+    with suppress(Exception):
+        return int(torch.load(run / "checkpoints" / LAST, map_location="cpu", mmap=True, weights_only=True)["step"])
+    return 0
 
 
 def instead(path: Path) -> str:
@@ -252,7 +267,7 @@ class Writer:
 
     `beside`: files that a resume goes on with; they are brought to the disk before the checkpoint takes its place, so
     none of them is behind it. An error of the writing thread reaches the run at its next step, the next checkpoint or
-    its end, as a CheckpointError; so does a disk that takes nothing more of any other file of the run.
+    its end, as a CheckpointError.
 
     The first rank writes. Where ranks share the model each has its shards to write, and the checkpoint that names them
     follows when all are on the disk: what no checkpoint names is none, whoever was killed when. That they are, or that
@@ -274,10 +289,6 @@ class Writer:
         self._join()
         if error is None:
             self.check()
-        if isinstance(error, OSError) and error.errno in FULL:
-            raise CheckpointError(
-                f"{error.filename or self.folder.parent}: {error.strerror}; {self.former}. {AGAIN}"
-            ) from error
 
     def write(self, content: dict[str, Any], names: Sequence[str], written: Callable[[int], None]) -> None:
         """Begin to write `content`, which nobody may change any more; `written` is called with its bytes when it is in
@@ -323,6 +334,10 @@ class Writer:
         """Raises CheckpointError when this rank could not write a checkpoint."""
         if self.failed is not None:
             raise self.failed
+
+    def no_room(self, error: OSError) -> CheckpointError:
+        """A disk that takes nothing more of any other file of the run, in words."""
+        return CheckpointError(f"{error.filename or self.folder.parent}: {error.strerror}; {self.former}. {AGAIN}")
 
     @property
     def former(self) -> str:

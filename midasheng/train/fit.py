@@ -24,7 +24,7 @@ from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvir
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
 from midasheng import __version__, config
-from midasheng.config import AUTO, DDP, FSDP, ConfigError, Stage, UserError
+from midasheng.config import DDP, FSDP, ConfigError, Stage, UserError
 from midasheng.data.index import CorpusIndex
 from midasheng.data.ledger import Ledger, Skipped, drop_after, trim
 from midasheng.data.loader import Loading, first_clips, keep_freed_memory, train_loader
@@ -42,7 +42,7 @@ from midasheng.train import checkpoint, memory, once, optim, sharded, trackers, 
 from midasheng.train.listening import LONGEST, ListeningTest
 from midasheng.train.meter import add_event
 from midasheng.train.module import StageModule
-from midasheng.train.order import Order, check_run_folder, command_line
+from midasheng.train.order import Order, check_run_folder, command_line, empty, held, look_for_others
 from midasheng.train.progress import ProgressLine, ending
 from midasheng.train.world import Elsewhere, Stopped, World, is_first, stoppable
 
@@ -106,15 +106,13 @@ def skeleton(stage: Stage, added: range) -> tuple[AudioLM, str]:
 
 
 def begin(
-    order: Order, starts: Sequence[weights.Start], added: range, ranks: World
+    order: Order, starts: Sequence[weights.Start], added: range, ranks: World, kind: str
 ) -> tuple[AudioLM, str, adapt.LoraPlan | None]:
-    """`build`, as one of `ranks`, which all call it. Where they share the model its weights are built once a node
-    (train/once.py), and only there is the text. Raises UserError."""
-    if ranks.size == 1:
+    """`build`, as one of `ranks`, which all call it. Where they share the model (`kind`: of sharded.chosen) its weights
+    are built once a node (train/once.py), and only there is the text. Raises UserError."""
+    if kind != FSDP or ranks.size == 1:
         return build(order, starts, added)
     model, _ = skeleton(order.stage, added)
-    if sharded.chosen(order.stage.hardware, model) != FSDP:
-        return build(order, starts, added)
     return model, once.fill(model, lambda: build(order, starts, added)[:2], ranks), _lora(order.stage)
 
 
@@ -159,17 +157,6 @@ def _assembled(stage: Stage, starts: Sequence[weights.Start] | None, added: rang
     adapt.set_precision(model, stage.run.precision)
     table = adapt.learns(model, stage.train, adapted, stage.lora.rank).table(stage.optim.name == "adamw8bit")
     return model, said, table
-
-
-def measurable(order: Order, starts: Sequence[weights.Start], added: range) -> AudioLM:
-    """The model, to try packs with on one device before step 0. Raises ConfigError where ranks will share it."""
-    model = build(order, starts, added)[0]
-    if sharded.chosen(order.stage.hardware, model) == FSDP:
-        raise ConfigError(
-            f"batch.pack_slots={AUTO}: packs are tried on one device, and here ranks share the model (fsdp); write a "
-            "number, as `make forecast` proposes it"
-        )
-    return model
 
 
 def parents_of(starts: Sequence[weights.Start]) -> list[dict[str, Any]]:
@@ -282,6 +269,8 @@ def fit(order: Order, ranks: World | None = None) -> None:
     assert ranks.size == asked, f"{ranks.size} processes, hardware.devices x hardware.nodes is {asked}"
     ranks.stall_s = order.stage.hardware.stall_s
     config.check_start(order.stage)
+    if first:
+        look_for_others(folder)
     trackers.check(order.stage.log.trackers)
     kernels = verified(order.stage)  # first: memory is measured with them
     if order.stage.hardware.threads:
@@ -295,7 +284,13 @@ def fit(order: Order, ranks: World | None = None) -> None:
         sources = open_data(order.stage, make=False)
     for start in starts:
         weights.check_tokenizer(start, sources.chat.fingerprint())
-    order = memory.pack_slots(order, sources, lambda: measurable(order, starts, sources.chat.added), ranks)
+    stage, added = order.stage, sources.chat.added
+    kind = sharded.chosen(stage.hardware, skeleton(stage, added)[0])
+
+    def measurable() -> AudioLM:
+        return skeleton(stage, added)[0] if kind == FSDP else build(order, starts, added)[0]
+
+    order = memory.pack_slots(order, sources, measurable, ranks, kind)
     stage = order.stage
     data = plan_data(stage, sources)
     planner = data.planner(stage.run.seed)
@@ -307,9 +302,10 @@ def fit(order: Order, ranks: World | None = None) -> None:
         if first:
             print(f"{folder} is finished (NAME=... for another run, FRESH=1 to train it again)")
         return
-    model, table, plan = begin(order, starts, sources.chat.added, ranks)
-    kind = sharded.chosen(stage.hardware, model)
-    measured = [] if kind == FSDP else memory.check(order, model, sources, data.budget)
+    # before there is a model, where its memory would be taken twice
+    measured = memory.check(order, measurable(), sources, data.budget, ranks) if kind == FSDP else []
+    model, table, plan = begin(order, starts, added, ranks, kind)
+    measured = measured or memory.check(order, model, sources, data.budget, ranks)
     lines = [*sharded.lines(kind, stage.hardware), *measured, checkpoint.check_room(folder, model, stage)]
     text = header(order, data, kernels, lines) + "\n" + table
     if stage.data.probe:  # so that a mistake in it is found now
@@ -319,16 +315,19 @@ def fit(order: Order, ranks: World | None = None) -> None:
             raise ConfigError(f"data.probe: {error}; or write data.probe='' for none") from None
     ranks.gather("the checks")  # are passed
     if first:
-        print(text)
-        if order.fresh:
-            shutil.rmtree(folder, ignore_errors=True)
-        (folder / "checkpoints").mkdir(parents=True, exist_ok=True)
-        (folder / "trainable.txt").write_text(text, encoding="utf-8")
-        (folder / "inputs.json").write_text(json.dumps(inputs, indent=2) + "\n", encoding="utf-8")
-        # last: from here on the folder is a run
-        (folder / "config.yaml").write_text(order.loaded.yaml(), encoding="utf-8")
-    ranks.gather("the run folder")  # is made
-    train(order, data, planner, model, plan, inputs, ranks, without)
+        folder.mkdir(parents=True, exist_ok=True)
+    with held(folder, ranks):
+        if first:
+            print(text)
+            if order.fresh:
+                empty(folder)
+            (folder / "checkpoints").mkdir(exist_ok=True)
+            (folder / "trainable.txt").write_text(text, encoding="utf-8")
+            (folder / "inputs.json").write_text(json.dumps(inputs, indent=2) + "\n", encoding="utf-8")
+            # last: from here on the folder is a run
+            (folder / "config.yaml").write_text(order.loaded.yaml(), encoding="utf-8")
+        ranks.gather("the run folder")  # is made
+        train(order, data, planner, model, plan, inputs, ranks, without)
 
 
 def train(
@@ -405,7 +404,7 @@ def train(
             try:
                 trainer.fit(module, loader)
             except Exception as error:
-                if (explained := in_words(error, module.done)) is error:
+                if (explained := in_words(error, module)) is error:
                     raise
                 raise explained from error
         module.restore_rest()  # where no step was left to train
@@ -458,11 +457,13 @@ class OutOfMemory(UserError, MemoryError):
     """A step did not fit."""
 
 
-def in_words(error: Exception, step: int) -> Exception:
+def in_words(error: Exception, module: StageModule) -> Exception:
     """An error of a machine as one that says what to do; any other as it is."""
-    text, goes_on = str(error), "the same command goes on from the last checkpoint"
+    text, goes_on, step = str(error), "the same command goes on from the last checkpoint", module.done
     if isinstance(error, UserError):
         return error
+    if full := checkpoint.full_disk(error):
+        return module.writer.no_room(full)
     if isinstance(error, memory.OUT_OF_MEMORY) or "can't allocate memory" in text:
         return OutOfMemory(
             f"step {step}: out of memory ({world.last_line(error)}); {goes_on}, with less of it: "
@@ -477,8 +478,19 @@ def in_words(error: Exception, step: int) -> Exception:
 
 
 def tell(module: StageModule, event: dict[str, Any]) -> None:
-    """A row of events.jsonl at the last checkpoint, where a resume begins: it keeps what stands there. For rank 0."""
-    add_event(module.run, {"step": module.saved_steps, "at_step": module.done} | event)
+    """A row of events.jsonl at the last checkpoint, where a resume begins: it keeps what stands there."""
+    saved = module.saved_steps if is_first() else checkpoint.step_there(module.run)
+    add_event(module.run, {"step": saved, "at_step": module.done} | event)
+
+
+def tell_of_the_dead(folder: Path, rank: int, text: str) -> None:
+    """From the launcher, once all processes have ended and none has said why; how far they were, none can say."""
+    print(f"error: rank {rank}: {text}", file=sys.stderr)
+    if (folder / "config.yaml").is_file():
+        saved = checkpoint.step_there(folder)
+        row = {"step": saved, "at_step": saved, "rank": rank, "error": f"rank {rank}: {text}"}
+        with suppress(OSError):
+            add_event(folder, {"event": "failed"} | row)
 
 
 class Fails(L.Callback):
@@ -491,7 +503,7 @@ class Fails(L.Callback):
         """A stop is none: all ranks have voted for it."""
         assert isinstance(pl_module, StageModule)
         if isinstance(exception, Exception):
-            explained = in_words(exception, pl_module.done)
+            explained = in_words(exception, pl_module)
             self.ranks.fail(world.last_line(explained), of_a_collective=world.broken_collective(exception))
 
 
@@ -520,7 +532,7 @@ def run_stage(
                     )
                 config.check_start(order.stage)
                 open_starts(order)  # once, before so many processes do: a mistake is said at once, a hub asked once
-                status = world.start_here(hardware.devices)
+                status = world.start_here(hardware.devices, partial(tell_of_the_dead, order.folder))
                 return status
             ranks = world.join(ranks.stop)
             ranks.begin()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import math
 import os
 import weakref
@@ -16,16 +17,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from midasheng import config, frames
-from midasheng.config import AUTO, ConfigError, Stage, UserError
+from midasheng.config import AUTO, FSDP, ConfigError, Stage, UserError
 from midasheng.data.plan import SLOT_UNIT, Budget, Planner
 from midasheng.data.room import Sources
 from midasheng.model.audio_lm import AudioLM
 from midasheng.sample import NO_TARGET, Pack, Sample, pack
-from midasheng.train import optim
+from midasheng.train import optim, sharded
+from midasheng.train.adam8bit import local
 from midasheng.train.order import Order
 from midasheng.train.world import World
 
@@ -42,17 +45,37 @@ OUT_OF_MEMORY = (torch.OutOfMemoryError, MemoryError)
 
 
 class Live(TorchDispatchMode):
-    """Bytes of the storages that are born while it is on and not yet dead, and their peak; views share a storage.
+    """Bytes of the storages that are born while it is on and not yet dead, and their peak; views share a storage. One
+    that is resized (FSDP2 keeps what it gathers in storages that it empties) counts as it is, less what it was before.
     Raises MemoryError above `limit`: a CPU's memory has no end that one may try."""
 
     def __init__(self, limit: float = math.inf) -> None:
         super().__init__()
         self.limit, self.bytes, self.peak, self.operations = limit, 0, 0, 0
         self.met: dict[int, weakref.ref[torch.UntypedStorage]] = {}  # a storage's object lives as long as it does
+        self.counted: dict[int, int] = {}  # bytes of each
+
+    def __enter__(self) -> Live:
+        self._resize = resize = torch.UntypedStorage.resize_
+
+        def resized(storage: torch.UntypedStorage, size: int) -> Any:  # no operation that is dispatched
+            before, out = storage.nbytes(), resize(storage, size)
+            self._add(storage, storage.nbytes() - before)
+            return out
+
+        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign, assignment]
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.prim.device.default:  # tensors without content are asked for it all the time
             return func(*args)
+        if any(kind is DTensor for kind in types):  # it has no memory; its operations on the shard come here again
+            return NotImplemented
         self.operations += 1
         for tensor in tree_leaves((args, kwargs)):
             self._meet(tensor, born=False)
@@ -65,15 +88,19 @@ class Live(TorchDispatchMode):
         if not isinstance(tensor, Tensor):
             return
         storage = tensor.untyped_storage()
-        if (number := id(storage)) in self.met:
-            return
-        size = storage.nbytes() if born else 0
+        if id(storage) not in self.met:
+            self._add(storage, storage.nbytes() if born else 0)
+
+    def _add(self, storage: torch.UntypedStorage, size: int) -> None:
+        number = id(storage)
 
         def gone(_: object) -> None:
             del self.met[number]
-            self.bytes -= size
+            self.bytes -= self.counted.pop(number)
 
-        self.met[number] = weakref.ref(storage, gone)
+        if number not in self.met:
+            self.met[number], self.counted[number] = weakref.ref(storage, gone), 0
+        self.counted[number] += size
         self.bytes += size
         self.peak = max(self.peak, self.bytes)
         if self.bytes > self.limit:
@@ -96,8 +123,9 @@ def peak_bytes(run: Callable[[], object], device: torch.device | str = "cpu", li
 
 
 def size_of(tensors: Sequence[Tensor]) -> int:
-    """Bytes of tensors, what they share counted once."""
-    return sum({t.untyped_storage()._cdata: t.untyped_storage().nbytes() for t in tensors}.values())
+    """Bytes of tensors on this rank, what they share counted once."""
+    storages = [local(t).untyped_storage() for t in tensors]
+    return sum({s._cdata: s.nbytes() for s in storages}.values())
 
 
 # -- a pack that costs most --------------------------------------------------------------------------------------------
@@ -160,16 +188,29 @@ class Fit(NamedTuple):
 
 
 class Memory:
-    """Steps of one process on its device. `packs`: how many of a step it runs; `world`: processes."""
+    """Steps of one process on its device. `packs`: how many of a step it runs; `world`: processes.
+
+    Where ranks share the model (FSDP2), all of them do the same in here, and each number is that of the rank that needs
+    most, or may take least: so they come to the same end.
+    """
 
     def __init__(self, lm: AudioLM, stage: Stage, device: torch.device, most: Dearest, packs: int, world: int) -> None:
         self.lm, self.device, self.most, self.packs, self.world = lm, device, most, packs, world
+        self.shared = bool(sharded.groups(lm))
+        self.limit = -self._most(-allowed(stage, device))[0]
         self.learn = [p for p in lm.parameters() if p.requires_grad]
-        self.gradients = gradients = sum(p.numel() * p.element_size() for p in self.learn)
-        # the first pack of a step makes the gradients, the others find them; DDP keeps a copy of them to send
-        self.beside = optim.state_bytes(self.learn, stage.optim.name) + (gradients if world > 1 else 0)
-        self.state = size_of([*lm.parameters(), *lm.buffers()]) + gradients + self.beside
-        self.before = self.state - (0 if packs > 1 else gradients)  # of a pack
+        # the first pack of a step makes the gradients, the others find them: whole, also where a rank keeps a part
+        self.gradients = sum(p.nbytes for p in self.learn)
+        mine = sum(local(p).nbytes for p in self.learn)
+        # DDP keeps a copy of them to send
+        self.beside = optim.state_bytes(self.learn, stage.optim.name)
+        self.beside += mine if world > 1 and not self.shared else 0
+        state = size_of([*lm.parameters(), *lm.buffers()]) + mine + self.beside
+        self.before = state - (0 if packs > 1 and not self.shared else mine)  # of what `tried` runs
+        self.state = int(self._most(state)[0])
+
+    def _most(self, *numbers: float) -> list[float]:
+        return sharded.most(numbers, self.device) if self.shared else list(numbers)
 
     def step(self, n_frames: int, slots: int) -> int:
         """Peak bytes of a step whose packs are full, by running one forward and backward."""
@@ -190,14 +231,22 @@ class Memory:
             try:
                 self.lm.train()
                 for p in self.learn:
-                    p.grad = torch.zeros_like(p) if self.packs > 1 else None
-                grown = peak_bytes(lambda: self.lm(row).sum().backward(), self.device)
-                return self.before + grown, loaded
+                    p.grad = torch.zeros_like(p) if self.packs > 1 and not self.shared else None
+                grown = peak_bytes(lambda: self._passes(row), self.device)
+                took = self._most(self.before + grown, loaded)
+                return int(took[0]), int(took[1])
             finally:
                 for p, gradient in zip(self.learn, found, strict=True):
                     p.grad = gradient
                 for module, mode in modes:
                     module.training = mode
+
+    def _passes(self, row: Pack) -> None:
+        """Forward and backward of a step's last pack. Behind another one whose gradients stay whole until then, where
+        ranks share the model: only FSDP2 itself can put them there."""
+        for last in (False, True) if self.packs > 1 and self.shared else (True,):
+            sharded.sync(self.lm, last)
+            self.lm(row).sum().backward()
 
     def fit(self, shape: Budget) -> Fit:
         """Try parts of a full pack and fit them."""
@@ -262,63 +311,81 @@ def allowed(stage: Stage, device: torch.device) -> float:
 
 
 @contextlib.contextmanager
-def measured(lm: AudioLM, order: Order, sources: Sources, shape: Budget) -> Iterator[Memory]:
-    """`lm` on its device for as long as the context lasts; out of memory is a UserError."""
+def measured(lm: AudioLM, order: Order, sources: Sources, shape: Budget, ranks: World) -> Iterator[Memory]:
+    """`lm` on its device for as long as the context lasts; out of memory is a UserError. One without content is shared:
+    every rank comes here, and one that fails ends the others as at any other place."""
     stage, device = order.stage, device_of(order.stage)
     world = stage.hardware.devices * stage.hardware.nodes
     most = dearest(sources, Planner(sources.corpora, sources.mix.percent, shape, stage.run.seed))
+    shared = sharded.chosen(stage.hardware, lm) == FSDP
     try:
-        yield Memory(lm.to(device), stage, device, most, -(-shape.packs_per_step // world), world)
+        if shared:
+            gc.collect()  # one whose trial failed: FSDP2's hooks hold it in circles
+            ranks.alike({"pack to try": f"{shape.pack_slots} slots, {shape.pack_frames} frames, {most}"})
+            sharded.join(device, world)
+            sharded.blank(lm, device, stage.hardware.shard)
+        else:
+            lm.to(device)
+        yield Memory(lm, stage, device, most, -(-shape.packs_per_step // world), world)
+        if shared:
+            lm.to_empty(device="meta")
     except OUT_OF_MEMORY as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{_budget(shape)}: out of memory ({first}); {remedy(order, shape, None)}") from None
     finally:
-        lm.to("cpu")
+        if not shared:
+            lm.to("cpu")
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
 
-def pack_slots(order: Order, sources: Sources, build: Callable[[], AudioLM], ranks: World) -> Order:
+def pack_slots(order: Order, sources: Sources, measurable: Callable[[], AudioLM], ranks: World, kind: str) -> Order:
     """The order with a number for batch.pack_slots=auto: that of the run folder; for a new run, what memory allows on
-    the first process. Raises UserError."""
+    the first process, or on each of those that share the model. `measurable`: as in `check`; `kind`: of strategy.
+    Raises UserError."""
     stage, saved = order.stage, order.folder / "config.yaml"
     if stage.batch.pack_slots != AUTO:
         return order
 
-    def found() -> Any:
-        if saved.is_file() and not order.fresh:
-            return config.saved(saved)["batch.pack_slots"]
-        limit = allowed(stage, device_of(stage))
-        if not limit:
+    def kept() -> Any:
+        return config.saved(saved)["batch.pack_slots"] if saved.is_file() and not order.fresh else None
+
+    def found() -> int:
+        if not allowed(stage, device_of(stage)):
             raise ConfigError(f"batch.pack_slots={AUTO}: on a CPU say how much there is: hardware.memory_gib=...")
         shape = sources.shape(stage, LEAST_TRIED)
-        with measured(build(), order, sources, shape) as memory:
+        with measured(measurable(), order, sources, shape, ranks) as memory:
             for _ in range(2):  # the second time near what is asked
-                fits = memory.largest(memory.fit(shape), stage, shape, limit)
+                fits = memory.largest(memory.fit(shape), stage, shape, memory.limit)
                 if fits is None:
-                    raise UserError(f"batch.pack_slots={AUTO}: {_too_much(order, shape, memory.state, limit, None)}")
+                    told = _too_much(order, shape, memory.state, memory.limit, None)
+                    raise UserError(f"batch.pack_slots={AUTO}: {told}")
                 shape = fits
         return shape.pack_slots
 
-    batch = dataclasses.replace(stage.batch, pack_slots=ranks.of_first("the size of a pack", found))
+    if kind == FSDP:
+        slots = ranks.of_first("the size of a pack", kept) or found()
+    else:
+        slots = ranks.of_first("the size of a pack", lambda: kept() or found())
+    batch = dataclasses.replace(stage.batch, pack_slots=slots)
     origin = order.loaded.origin | {"batch.pack_slots": f"{AUTO}: what memory allowed"}
     return dataclasses.replace(order, loaded=config.Loaded(dataclasses.replace(stage, batch=batch), origin))
 
 
-def check(order: Order, lm: AudioLM, sources: Sources, shape: Budget) -> list[str]:
+def check(order: Order, lm: AudioLM, sources: Sources, shape: Budget, ranks: World) -> list[str]:
     """Fit, compare, run the worst pack: lines for the header of the run. Where the memory is not known the worst pack
-    is run all the same: what fails in it fails before step 0. Raises UserError where a step of this run does not fit.
+    is run all the same: what fails in it fails before step 0. `lm`: where ranks share the model, one without content,
+    and every rank comes here. Raises UserError where a step of this run does not fit.
     """
     stage = order.stage
-    limit = allowed(stage, device_of(stage))
-    if not limit:
-        with measured(lm, order, sources, shape) as memory:
+    with measured(lm, order, sources, shape, ranks) as memory:
+        limit = memory.limit
+        if not limit:
             took = memory.worst(shape)
-        return [
-            f"  memory: a step takes {took / GIB:.4g} GiB with the worst pack, which was run once, of it "
-            f"{memory.state / GIB:.4g} state; how much there is is not known (hardware.memory_gib)"
-        ]
-    with measured(lm, order, sources, shape) as memory:
+            return [
+                f"  memory: a step takes {took / GIB:.4g} GiB with the worst pack, which was run once, of it "
+                f"{memory.state / GIB:.4g} state; how much there is is not known (hardware.memory_gib)"
+            ]
         fit = memory.fit(shape)
         needs = memory.needs(fit, shape)
         fits = memory.largest(fit, stage, shape, limit)

@@ -61,17 +61,18 @@ def optimizer(named: Iterable[tuple[str, nn.Parameter]], optim: Optim) -> torch.
 
 
 def state_bytes(parameters: Iterable[nn.Parameter], name: str) -> int:
-    """What the optimizer will keep of these parameters: two moments, of 8 bits with a float32 scale for each 256, or as
-    the parameter is; torch's own counts steps in a tensor each."""
+    """What the optimizer will keep on this rank of these parameters: two moments, of 8 bits with a float32 scale for
+    each 256, or as the parameter is; torch's own counts steps in a tensor each."""
     total = 0
     eight_bit = False
     for p in parameters:
+        n = (p.to_local() if isinstance(p, DTensor) else p).numel()
         if name == "adamw":
-            total += 2 * p.numel() * p.element_size() + 4
-        elif p.numel() < LARGE:
-            total += 2 * p.numel() * 4
+            total += 2 * n * p.element_size() + 4
+        elif p.numel() < LARGE:  # the whole tensor
+            total += 2 * n * 4
         else:
-            total += 2 * (p.numel() + 4 * -(-p.numel() // 256))
+            total += 2 * (n + 4 * -(-n // 256))
             eight_bit = True
     return total + eight_bit * 2 * 256 * 4  # the tables of what 8 bits stand for, shared by all
 

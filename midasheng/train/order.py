@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import errno
+import fcntl
 import json
-from collections.abc import Sequence
+import os
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from midasheng import config
-from midasheng.config import ConfigError, Loaded, Stage
+from midasheng.config import ConfigError, Loaded, Stage, UserError
 from midasheng.data.plan import differences
-from midasheng.train.world import launched
+from midasheng.train.world import World, launched
+
+LOCK = "lock"  # in a run folder
+ENDS_S = 60.0  # for the ranks of a launcher that was killed to end by themselves
 
 
 @dataclass(frozen=True)
@@ -98,3 +109,82 @@ def check_run_folder(order: Order, inputs: dict[str, Any]) -> str:
         other = next(p["from"] for p in [*inputs["parents"], *was["parents"]] if p not in was["parents"])
         raise ConfigError(f"{folder} started from {other} when its weights were others (trained again since); {remedy}")
     return "finished" if (folder / "weights" / "stage.json").is_file() else "unfinished"
+
+
+# -- one run at a time -------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def held(folder: Path, ranks: World) -> Iterator[None]:
+    """Inside, no other start of the same run writes into its folder: the first process looks for others, then all hold
+    a lock, so that a run counts as alive while any of them is. The system releases it, whatever they die of. Raises
+    UserError."""
+    with contextlib.ExitStack() as holding:
+        ranks.of_first("the lock of the run folder", lambda: holding.enter_context(_locked(folder, alone=True)))
+        if not ranks.first:
+            holding.enter_context(_locked(folder, alone=False))
+        yield
+
+
+def empty(folder: Path) -> None:
+    """Throw away all that is in a run folder, but for its lock."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
+        elif path.name != LOCK:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def look_for_others(folder: Path) -> None:
+    """Raises UserError where a run is going on in this folder; nothing is written."""
+    if (folder / LOCK).exists():
+        with _locked(folder, alone=True):
+            pass
+
+
+@contextlib.contextmanager
+def _locked(folder: Path, *, alone: bool) -> Iterator[None]:
+    """`alone`: where nobody else has it. POSIX locks, and not flock's: forked loader processes do not inherit them, and
+    network file systems know them; where one does not, the run goes on without."""
+    path = folder / LOCK
+    handle = -1
+    try:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        _take(handle, folder, alone)
+    except OSError as error:
+        print(f"note: {path} cannot be locked ({error.strerror}): a second start would not be noticed", file=sys.stderr)
+    try:
+        yield
+    finally:
+        if handle >= 0:
+            os.close(handle)
+
+
+def _take(handle: int, folder: Path, alone: bool) -> None:
+    """Raises UserError where others hold it for too long, OSError where files cannot be locked."""
+    until, said = time.monotonic() + ENDS_S, False
+    while True:
+        try:
+            if alone:
+                fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                about = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+                with contextlib.suppress(OSError):  # a full disk
+                    os.truncate(handle, 0)
+                    os.pwrite(handle, about.encode(), 0)
+            fcntl.lockf(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in (errno.EACCES, errno.EAGAIN):
+                raise
+        who = os.pread(handle, 200, 0).decode(errors="replace").strip() or "another process"
+        if time.monotonic() > until:
+            raise UserError(
+                f"{folder}: this run is going on already: {who}, or another of its processes. Two that write into one "
+                "folder would spoil it: wait for it, end it, or train another run with NAME=... If its machine is gone "
+                f"and this stays, remove {folder / LOCK}"
+            )
+        if not said:
+            print(f"{folder} is held by {who}; waiting {ENDS_S:.0f} s for its end", file=sys.stderr, flush=True)
+            said = True
+        time.sleep(0.5)

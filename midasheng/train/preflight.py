@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from midasheng.config import FSDP, Stage, UserError
+from midasheng.config import DDP, FSDP, Stage, UserError
 from midasheng.data.quarantine import quarantined, records
 from midasheng.data.room import DataRoom, Sources, mixes, open_data, plan_data
 from midasheng.data.storage import StorageError, is_url, list_shards
@@ -99,13 +99,15 @@ def preflight(order: Order) -> Preflight:
     _plan(found, order, sources, starts)
     if shape is not None:
         found.checked("disk", lambda: checkpoint.check_room(order.folder, shape, stage), str.strip)
-    if shape is not None and sharded.chosen(stage.hardware, shape) == FSDP:
+    shared = shape is not None and sharded.chosen(stage.hardware, shape) == FSDP
+    if shape is not None and shared:
         found.checked("TMPDIR", lambda: once.check_room(shape), str.strip)
-        found.add("largest pack", UNKNOWN, "ranks share the model: one process cannot tell what a step takes")
+    if shared and sources is not None and not no_gpu:
+        found.checked("largest pack", lambda: _dry_shared(order, sources), "\n".join)
     elif model is not None and sources is not None and not no_gpu:
-        found.checked("largest pack", lambda: _dry(order, model, sources), "\n".join)
+        found.checked("largest pack", lambda: _dry(order, lambda: model, sources, DDP), "\n".join)
     else:
-        lacks = [no_gpu, "" if model else "no weights", "" if sources else "no data"]
+        lacks = [no_gpu, "" if model or shared else "no weights", "" if sources else "no data"]
         why = ", ".join(lack for lack in lacks if lack)
         found.add("largest pack", UNKNOWN, f"{why}: so neither memory nor a dry forward and backward")
     world = stage.hardware.devices * stage.hardware.nodes
@@ -116,11 +118,20 @@ def preflight(order: Order) -> Preflight:
     return found
 
 
-def _dry(order: Order, model: AudioLM, sources: Sources) -> list[str]:
-    order = memory.pack_slots(order, sources, lambda: model, World())
+def _dry(order: Order, measurable: Callable[[], AudioLM], sources: Sources, kind: str) -> list[str]:
+    order = memory.pack_slots(order, sources, measurable, World(), kind)
     slots = order.stage.batch.pack_slots
     assert isinstance(slots, int)
-    return [line.strip() for line in memory.check(order, model, sources, sources.shape(order.stage, slots))]
+    shape = sources.shape(order.stage, slots)
+    return [line.strip() for line in memory.check(order, measurable(), sources, shape, World())]
+
+
+def _dry_shared(order: Order, sources: Sources) -> list[str]:
+    """As the first of the ranks that will share the model, which holds as much of it as any other."""
+    world = order.stage.hardware.devices * order.stage.hardware.nodes
+    with sharded.imagined(world):
+        lines = _dry(order, lambda: fit.skeleton(order.stage, sources.chat.added)[0], sources, FSDP)
+    return [*lines, f"rank 0 of {world} that share the model; the others are imagined, and so is what they send"]
 
 
 def _plan(found: Preflight, order: Order, sources: Sources | None, starts: list[weights.Start] | None) -> None:

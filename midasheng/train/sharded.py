@@ -4,14 +4,19 @@ processes reads."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
+from lightning.fabric.plugins.environments.torchelastic import TorchElasticEnvironment
+from lightning.fabric.utilities.distributed import _init_dist_connection
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, Strategy
 from torch import Tensor, nn
 from torch.distributed import ProcessGroup
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.constants import default_pg_timeout
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -24,6 +29,7 @@ from midasheng.train.adam8bit import local
 T = TypeVar("T")
 MANY = 10**9  # parameters that learn: with gradients and states of all of them on each GPU, 80 GB are full at about 5e9
 COPIES, SHARDS = "copies", "shards"  # dimensions of the mesh
+BLANK = 0.01  # in place of each weight
 
 
 # -- which strategy ----------------------------------------------------------------------------------------------------
@@ -56,10 +62,7 @@ def lines(kind: str, hardware: Hardware) -> list[str]:
     world = hardware.devices * hardware.nodes
     if kind == FSDP:
         share = hardware.shard or world
-        return [
-            f"  {world} processes, FSDP2: {share} share one copy of the model; what a step takes is not tried before "
-            "step 0 (`make forecast` says it)"
-        ]
+        return [f"  {world} processes, FSDP2: {share} share one copy of the model"]
     return [f"  {world} processes, DDP: each holds the whole model"] if kind == DDP else []
 
 
@@ -93,6 +96,37 @@ def of_all(mine: T) -> list[T]:
     return found
 
 
+def most(numbers: Sequence[float], device: torch.device) -> list[float]:
+    """Of each number the largest of all processes; all of them call it. Exact up to 2 ** 53."""
+    found = torch.tensor(numbers, dtype=torch.float64, device=device)
+    torch.distributed.all_reduce(found, torch.distributed.ReduceOp.MAX)
+    largest: list[float] = found.tolist()
+    return largest
+
+
+def join(device: torch.device, processes: int) -> None:
+    """The process group, as Lightning makes it, which takes over one that is there."""
+    if torch.distributed.is_initialized():
+        return
+    gpu = device.type == "cuda"
+    if gpu:
+        torch.cuda.set_device(device)
+    place = TorchElasticEnvironment() if processes > 1 else LightningEnvironment()
+    _init_dist_connection(
+        place, "nccl" if gpu else "gloo", timeout=default_pg_timeout, device_id=device if gpu else None
+    )
+
+
+@contextlib.contextmanager
+def imagined(processes: int) -> Iterator[None]:
+    """Inside, this process is the first of so many whose collectives do nothing."""
+    torch.distributed.init_process_group("fake", rank=0, world_size=processes)
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 # -- FSDP2 -------------------------------------------------------------------------------------------------------------
 
 
@@ -106,16 +140,34 @@ def shard(model: AudioLM, device: str, share: int = 0) -> None:
     head's weight is used without its forward, and a tied one is the embedding: so both must be the root's, whose group
     stays gathered from the forward pass to the end of the backward pass.
     """
-    world = torch.distributed.get_world_size()
-    share = share or world
-    mesh = init_device_mesh(device, (world // share, share), mesh_dim_names=(COPIES, SHARDS))
-    mesh = mesh if share < world else mesh[SHARDS]
+    mesh = _mesh(torch.distributed.group.WORLD, device, share)
     blocks = MixedPrecisionPolicy(model.compute_dtype, torch.float32, cast_forward_inputs=False)
     rest = MixedPrecisionPolicy(reduce_dtype=torch.float32, cast_forward_inputs=False)
     for block in [*model.audio_encoder.blocks, *model.decoder.model.layers]:
         fully_shard(norms(block), mesh=mesh, mp_policy=rest, reshard_after_forward=True)
         fully_shard(block, mesh=mesh, mp_policy=blocks, reshard_after_forward=True)
     fully_shard(model, mesh=mesh, mp_policy=rest, reshard_after_forward=False)
+
+
+@cache
+def _mesh(group: ProcessGroup, device: str, share: int) -> DeviceMesh:
+    """Of all processes. Made once in a group: a GPU's communicators take memory that a second mesh would take again."""
+    share = share or group.size()
+    mesh = init_device_mesh(device, (group.size() // share, share), mesh_dim_names=(COPIES, SHARDS))
+    return mesh if share < group.size() else mesh[SHARDS]
+
+
+@torch.no_grad()
+def blank(model: AudioLM, device: torch.device, share: int) -> None:
+    """`shard` a model whose parameters have no memory, and give it numbers that are no weights: what a step takes does
+    not depend on them. Its buffers keep what they hold."""
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    shard(model, device.type, share)
+    model.to_empty(device=device)
+    for p in model.parameters():
+        local(p).fill_(BLANK)  # what memory holds by chance may be slow to compute with, or not finite
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
 
 
 def norms(block: nn.Module) -> list[nn.Module]:

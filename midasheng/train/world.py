@@ -38,7 +38,9 @@ BROKEN_TURNS = 5  # the same once a collective has broken, so that one must be d
 GRACE_S = 15.0  # to end by itself, a checkpoint written, once another one has failed; then it is ended
 ALL_GONE_S = 45.0  # for the others, once one process of this machine has failed; then they are killed
 INTERRUPTED, PREEMPTED = 130, 75  # exit statuses: Ctrl-C; the machine wants it back (EX_TEMPFAIL): start it again
-FAILED, SAID, BROKEN = "failed", "said", "broken"  # keys: the first error; rank 0 has said it; a collective broke
+FAILED, SAID, BROKEN = "failed", "said", "broken"  # keys: the first error; it has been said; a collective broke
+STARTED_BY = "MIDASHENG_STARTED_BY"  # the process that `start_here` runs in; a rank without it writes to nobody
+GONE = "its launcher is gone"
 LOST = "lost"  # how the error of a process begins that cannot speak any more
 
 
@@ -78,12 +80,14 @@ def is_first() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-def start_here(processes: int) -> int:
-    """Start this very command `processes` times on this machine, wait, pass signals on; returns the exit status."""
+def start_here(processes: int, tell: Callable[[int, str], None]) -> int:
+    """Start this very command `processes` times on this machine, wait, pass signals on; returns the exit status.
+    `tell`: what to do with the first error, a rank and what happened to it, where no process lived to say it."""
     store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     env = os.environ | {
         "WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "GROUP_RANK": "0",
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True",
+        STARTED_BY: str(os.getpid()),
     }  # fmt: skip
     env.setdefault("OMP_NUM_THREADS", "1")  # as torchrun does
     children = [
@@ -101,19 +105,26 @@ def start_here(processes: int) -> int:
 
     for number in STOPS:
         signal.signal(number, pass_on)
-    said, until = _prefixed(store), None
-    while None in (codes := [child.poll() for child in children]):
+    said, until = _prefixed(store), float("inf")
+    codes: list[int | None] = [None] * processes
+    while None in codes:
+        time.sleep(0.1)
+        codes = [child.poll() for child in children]
         for n, code in enumerate(codes):
             if code not in (None, 0, INTERRUPTED, PREEMPTED):  # where it could still speak, it has
                 how = f"by {signal.Signals(-code).name}" if code < 0 else f"with status {code}"
                 said.compare_set(FAILED, "", _told(n, f"{LOST}: it ended {how}"))
-        if until is None and said.check([FAILED]):
-            until = time.monotonic() + ALL_GONE_S
-        if until is not None and time.monotonic() > until:
+        if said.check([FAILED]):
+            until = min(until, time.monotonic() + ALL_GONE_S)
+        if time.monotonic() > until:
             for child in children:
                 child.kill()
-        time.sleep(0.1)
-    guilty = [codes[json.loads(said.get(FAILED))["rank"]]] if said.check([FAILED]) else []
+    guilty = []
+    if said.check([FAILED]):
+        first = json.loads(said.get(FAILED))
+        guilty = [codes[first["rank"]]]
+        if not said.check([SAID]):
+            tell(first["rank"], first["text"])
     status = next((code for code in [*guilty, *codes] if code), 0)
     return 128 - status if status < 0 else int(status)
 
@@ -124,6 +135,12 @@ def _prefixed(store: Store) -> PrefixStore:
 
 def _told(rank: int, text: str) -> str:
     return json.dumps({"rank": rank, "text": text})
+
+
+def say(text: str) -> None:
+    """On standard error, if anybody still reads it: a terminal that was closed must not end the watch."""
+    with contextlib.suppress(OSError, ValueError, RuntimeError):  # RuntimeError: in the middle of another print
+        print(text, file=sys.stderr, flush=True)
 
 
 # -- stopping ----------------------------------------------------------------------------------------------------------
@@ -163,7 +180,7 @@ class StopRequest:
         if not machine:
             signal.signal(number, signal.SIG_DFL)
         if is_first():
-            with contextlib.suppress(RuntimeError):  # it came in the middle of another print
+            with contextlib.suppress(RuntimeError, OSError):  # it came in the middle of another print; nobody reads it
                 again = "" if machine else " (again: at once, back to the last checkpoint)"
                 print(f"\nstopping at the end of a step{again}", flush=True)
 
@@ -280,7 +297,7 @@ class World:
                 text = f"rank {self.rank} has waited {now - began:.0f} s for rank {_names(missing)} at: {what}"
                 if now - began > most_s:
                     raise UserError(text)
-                print(text, file=sys.stderr, flush=True)
+                say(text)
                 said = now
             time.sleep(pause)
             pause = min(2 * pause, 0.5)
@@ -293,7 +310,7 @@ class World:
             return
         if self.store is None:
             self.failed, self.guilty = text, self.rank
-            self.tell({"event": "failed", "rank": self.rank, "error": text})
+            self._tell_failed()
             return
         with contextlib.suppress(DistError):
             if of_a_collective:
@@ -338,7 +355,7 @@ class World:
             try:
                 why = self._look(store, number, self._stall())
             except DistError:
-                why = (0, f"{LOST}: neither it nor its launcher answers")
+                why = (0, f"{LOST}: {GONE if self.first else 'neither it nor its launcher answers'}")
             except Exception as error:  # a watch that ends without a word would end the run half a minute later
                 why = (self.rank, f"its watch failed: {last_line(error)}")
             if why and not self._over.is_set():
@@ -346,9 +363,9 @@ class World:
 
     def _look(self, store: Store, number: int, stall: str) -> tuple[int, str] | None:
         """One look; returns the rank that failed, and how, if one did."""
+        if os.getppid() != self._parent:  # first: its store is gone too
+            return self.rank, f"{LOST}: {GONE}"
         self._beat(store, number, stall)
-        if os.getppid() != self._parent:
-            return self.rank, f"{LOST}: its launcher is gone"
         most = BROKEN_TURNS if store.check([BROKEN]) else SILENT_TURNS
         for rank in range(1, self.size) if self.first else [0]:
             if (looks := self._silent(store, rank)) > most:
@@ -387,21 +404,24 @@ class World:
         now = time.monotonic()
         if self.first and text and now - self._stalls.get(rank, -1e9) >= self.stall_s:
             self._stalls[rank] = now
-            print(f"\nSTALL: {text}", file=sys.stderr, flush=True)
+            say(f"\nSTALL: {text}")
             self.tell({"event": "stall", "rank": rank, "at": text})
 
     def _end(self, store: Store, rank: int, text: str) -> None:
-        """The run has failed: rank 0 says so, and this process has a while to end by itself."""
+        """The run has failed: rank 0 says so, or rank 1 for it, and this process has a while to end by itself."""
         if not self.failed:
             self.failed, self.guilty = f"rank {rank} ({self.hosts[rank]}): {text}", rank
             if self.first or (self.rank == 1 and rank == 0 and text.startswith(LOST)):
-                print(f"\nerror: {self.failed}", file=sys.stderr, flush=True)
-            if self.first:
-                self.tell({"event": "failed", "rank": rank, "error": self.failed})
+                say(f"\nerror: {self.failed}")
+                self._tell_failed()
                 with contextlib.suppress(DistError):
                     store.set(SAID, "")
         if not self._over.wait(GRACE_S):
             _exit(1)
+
+    def _tell_failed(self) -> None:
+        with contextlib.suppress(OSError):  # a full disk may be what it failed of
+            self.tell({"event": "failed", "rank": self.guilty, "error": self.failed})
 
 
 def _exit(status: int) -> None:
@@ -418,6 +438,8 @@ def join(stop: StopRequest) -> World:
     if at is None or at.size == 1:
         world = World()
     else:
+        if os.environ.get(STARTED_BY, str(os.getppid())) != str(os.getppid()):
+            raise UserError(f"rank {at.rank}: {LOST}: its launcher is gone")
         address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
         keeps = at.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
         try:

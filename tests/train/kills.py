@@ -1,5 +1,7 @@
 """Two ranks share a model and die at chosen moments: `python -m tests.train.kills FOLDER TINY` makes FOLDER/whole, a run
 nobody disturbs, and FOLDER/killed, which each case resumes where the one before it left it, and prints a row of each.
+With `copies` behind it two pairs of ranks share a copy each; with `fsdp` or `ddp` FOLDER/killed is a small disk that
+fills up.
 
 Ranks are forks, as in soak.py. Where a case says that one dies, it is -9 from within, at that place and no other.
 """
@@ -8,6 +10,7 @@ import contextlib
 import json
 import os
 import resource
+import shutil
 import signal
 import sys
 import threading
@@ -55,17 +58,28 @@ def no_room(size: int) -> Iterator[None]:
 # -- what happens to a rank ------------------------------------------------------------------------------------------
 
 
-def behind_the_first_checkpoint(rank: int) -> None:
+def before_step(at: int, what: Callable[[StageModule], None], *ranks: int) -> Inject:
+    """`what` happens on these ranks before step `at` (from 0)."""
+
     def make(step):
         def stepped(self, batch, number):
-            if batch.step == EVERY + 1:
-                self.writer.wait()
-                die()
+            if batch.step == at:
+                what(self)
             step(self, batch, number)
 
         return stepped
 
-    around(StageModule, "training_step", make)
+    return lambda rank: around(StageModule, "training_step", make) if rank in ranks else None
+
+
+def behind_checkpoint(step: int) -> Inject:
+    """All die one step later."""
+
+    def dies(module: StageModule) -> None:
+        module.writer.wait()
+        die()
+
+    return before_step(step + 1, dies, *range(4))
 
 
 def half_a_shard(*ranks: int) -> Inject:
@@ -214,7 +228,7 @@ def flipped(run: Path) -> Iterator[None]:
 
 
 CASES: dict[str, Inject] = {
-    "begins": behind_the_first_checkpoint,
+    "begins": behind_checkpoint(EVERY),
     "half a shard of one": half_a_shard(1),
     "half a shard of all": half_a_shard(0, 1),
     "shards and no checkpoint": before_the_checkpoint,
@@ -231,28 +245,87 @@ CASES: dict[str, Inject] = {
 SPOILT = {"a shard is missing": missing, "a shard is another": flipped}
 
 
-def main(folder: Path, tiny: soak.Tiny) -> None:
-    def given(name: str) -> list[str]:
-        return soak.arguments(tiny, folder / name, 0, **SETTINGS)
+# two copies of the model, of ranks 0 and 1, and 2 and 3; the first one's are those that write. Case: ranks, of which so
+# many share a copy (0: all), what happens
+COPIES: dict[str, tuple[int, int, Inject]] = {
+    "begins": (4, 2, behind_checkpoint(EVERY)),
+    "half a shard of one": (4, 2, half_a_shard(1)),
+    "one that does not write": (4, 2, before_step(2 * EVERY, lambda module: die(), 3)),
+    "goes on": (4, 2, behind_checkpoint(2 * EVERY)),
+    "all share": (4, 0, behind_checkpoint(3 * EVERY)),
+    "ends": (2, 0, lambda rank: None),
+}  # fmt: skip
 
+
+# -- a disk that is really full ----------------------------------------------------------------------------------------
+
+
+def fill(run: Path, leave: int) -> None:
+    """The disk of a run, but for so many bytes."""
+    with (run / "film").open("wb") as film:
+        film.write(bytes(max(0, shutil.disk_usage(run).free - leave)))
+
+
+def room_for_shards(module: StageModule) -> None:
+    """And not for the checkpoint that names them."""
+    there = module.run.glob("checkpoints/shards-*/*")
+    fill(module.run, sum(path.stat().st_size + 4096 for path in there))
+
+
+def full_for_weights(rank: int) -> None:
+    def make(hand_off):
+        def cramped(model, folder, *given, **more):
+            fill(folder.parent, FILE_BYTES // 2)
+            return hand_off(model, folder, *given, **more)
+
+        return cramped
+
+    if rank == 0:
+        around(fit_room.weights, "hand_off", make)
+
+
+FULL: dict[str, Inject] = {
+    "begins": behind_checkpoint(EVERY),
+    "checkpoint": before_step(2 * EVERY - 1, lambda module: fill(module.run, 8192), 0),
+    "name of shards": before_step(2 * EVERY - 1, room_for_shards, 0),
+    "rows": before_step(2 * EVERY - 1, lambda module: fill(module.run, 0), 0),
+    "weights": full_for_weights,
+    "ends": lambda rank: None,
+}  # fmt: skip
+
+
+def main(folder: Path, tiny: soak.Tiny, kind: str = "") -> None:
     weights.FILE_BYTES = FILE_BYTES
-    log = folder / "whole.log"
-    soak.ends_well(soak.start(2, log, given("whole")), log)
+    cases = {case: (2, 0, inject) for case, inject in (FULL if kind in ("fsdp", "ddp") else CASES).items()}
+    if kind == "copies":
+        cases = COPIES
+    if kind == "ddp":
+        del cases["name of shards"]
+
+    def given(name: str, shard: int, every: int = EVERY) -> list[str]:
+        strategy = {"hardware__strategy": "ddp"} if kind == "ddp" else {"hardware__shard": shard}
+        return soak.arguments(tiny, folder / name, 0, **SETTINGS | strategy | {"log__checkpoint_every": every})
+
+    log, (world, share, _) = folder / "whole.log", next(iter(cases.values()))
+    soak.ends_well(soak.start(world, log, given("whole", share)), log)
     run = folder / "killed" / soak.RUN
-    for number, (case, inject) in enumerate(CASES.items()):
+    for number, (case, (world, share, inject)) in enumerate(cases.items()):
         log = folder / f"{number}.log"
-        with SPOILT.get(case, contextlib.nullcontext)(run):
+        (run / "film").unlink(missing_ok=True)
+        with (SPOILT if not kind else {}).get(case, contextlib.nullcontext)(run):
             before = {p.name: p.read_bytes() for p in run.glob("*.jsonl")}
-            codes = soak.end(soak.start(2, log, given("killed"), inject), ENDS_WITHIN_S)
+            every = STEPS if case == "rows" else EVERY  # enough of them before a checkpoint
+            codes = soak.end(soak.start(world, log, given("killed", share, every), inject), ENDS_WITHIN_S)
             row = {"case": case, "codes": codes, "log": log.read_text()}
             row["untouched"] = before == {p.name: p.read_bytes() for p in run.glob("*.jsonl")}
         last = run / "checkpoints" / checkpoint.LAST
         saved = checkpoint.read(last)
-        shard_files.verify(last.parent, saved["shards"])
-        row |= {"step": saved["step"], "named": saved["shards"]["folder"]}
+        if saved["shards"]:
+            shard_files.verify(last.parent, saved["shards"])
+        row |= {"step": saved["step"], "named": saved["shards"].get("folder")}
         row |= {"there": sorted(p.name for p in last.parent.iterdir())}
         print(json.dumps(row | {"weights": sorted(p.name for p in run.glob("weights*"))}), flush=True)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), soak.Tiny(Path(sys.argv[2])))
+    main(Path(sys.argv[1]), soak.Tiny(Path(sys.argv[2])), *sys.argv[3:])

@@ -2,14 +2,16 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from midasheng.train.meter import read_metrics
-from tests.conftest import ledger_rows
+from tests.conftest import Tiny, ledger_rows
 from tests.train.soak import RUN
 from tests.train.test_same_run import same_weights
 
@@ -17,23 +19,26 @@ ROOT = Path(__file__).parent.parent.parent
 KILLED = -9
 
 
-@pytest.fixture(scope="module")
-def folder(tiny, tmp_path_factory) -> Path:
-    """Both runs, with rows.jsonl."""
-    folder = tmp_path_factory.mktemp("kills")
+def run_kills(folder: Path, tiny: Tiny, *kind: str) -> dict[str, dict]:
+    """Makes both runs in `folder`; returns of each case exit codes, what the ranks printed, what is there."""
     done = subprocess.run(
-        [sys.executable, "-m", "tests.train.kills", str(folder), str(tiny.root)],
+        [sys.executable, "-m", "tests.train.kills", str(folder), str(tiny.root), *kind],
         cwd=ROOT, capture_output=True, text=True, timeout=3000, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-1500:] + done.stderr
-    (folder / "rows.jsonl").write_text(done.stdout)
-    return folder
+    return {row["case"]: row for row in map(json.loads, done.stdout.splitlines())}
 
 
 @pytest.fixture(scope="module")
-def rows(folder) -> dict[str, dict]:
-    """Of each case: exit codes, what the ranks printed, what is there."""
-    return {row["case"]: row for row in map(json.loads, (folder / "rows.jsonl").read_text().splitlines())}
+def folder(tmp_path_factory) -> Path:
+    """For both runs."""
+    return tmp_path_factory.mktemp("kills")
+
+
+@pytest.fixture(scope="module")
+def rows(folder, tiny) -> dict[str, dict]:
+    """What happened in each case."""
+    return run_kills(folder, tiny)
 
 
 @pytest.mark.parametrize(
@@ -101,7 +106,67 @@ def test_a_disk_that_is_full_for_weights_keeps_no_rank_waiting(rows):
 def test_behind_all_that_the_run_is_the_unbroken_one(rows, folder):
     assert rows["ends"]["codes"] == [0, 0]
     assert rows["ends"]["there"] == ["last.ckpt", "shards-00000008"]
+    same_rows_and_weights(folder)
+
+
+def same_rows_and_weights(folder: Path) -> None:
     whole, killed = folder / "whole" / RUN, folder / "killed" / RUN
     assert read_metrics(killed / "metrics.jsonl") == read_metrics(whole / "metrics.jsonl")
     assert ledger_rows(killed) == ledger_rows(whole)
     same_weights(whole, killed)
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Iterator[Path]:
+    """A file system of 16 MB for one of the runs; returns the folder of both."""
+    place = tmp_path / "killed"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount a file system")
+    yield tmp_path
+    subprocess.run(["umount", "-l", str(place)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+def test_a_disk_that_is_really_full_costs_several_ranks_no_checkpoint(small_disk, tiny, strategy):
+    """ENOSPC itself, where a process could be ended by a signal instead: for a checkpoint or its shards, for last.ckpt
+    that names them, for what is logged (TensorBoard hides it behind another error), for weights/."""
+    rows = run_kills(small_disk, tiny, strategy)
+    last = ["last.ckpt"] + ["shards-00000002"] * (strategy == "fsdp")
+    for case in ("checkpoint", "name of shards", "rows")[:: 1 if strategy == "fsdp" else 2]:
+        row = rows[case]
+        assert (row["step"], row["there"]) == (2, last)
+        assert row["codes"][0] == 2
+        assert row["codes"][1] > 0
+        words = r"error: rank \d \(.*No space left on device.*last.ckpt of step 2 is whole\. Make room"
+        assert len(re.findall(words, row["log"])) == len(re.findall(r"error: rank", row["log"])) == 1, row["log"]
+        assert "resuming at step 2 of 8" in row["log"]
+    row = rows["weights"]
+    assert (row["step"], row["weights"], row["codes"][0]) == (8, [], 2)
+    assert re.search(r"weights could not be written: .*No space left on device.*last.ckpt is whole", row["log"])
+    assert rows["ends"]["codes"] == [0, 0]
+    same_rows_and_weights(small_disk)
+
+
+@pytest.mark.slow
+def test_copies_of_a_model_that_ranks_share_are_killed_and_go_on_as_one_pair(tmp_path, tiny):
+    """hardware.shard=2 of four ranks. A rank of either copy dies while the first one writes; then four share one model,
+    then two. Up to there the run is the unbroken one bit for bit."""
+    rows = run_kills(tmp_path, tiny, "copies")
+    assert [rows[case]["step"] for case in rows] == [2, 2, 2, 4, 6, 8]
+    for case, dead in (("half a shard of one", 1), ("one that does not write", 3)):
+        codes = rows[case]["codes"]
+        assert codes.pop(dead) == KILLED
+        assert all(code > 0 for code in codes)
+        assert "resuming at step 2 of 8" in rows[case]["log"]
+        assert f"error: rank {dead} (" in rows[case]["log"]
+    assert rows["ends"]["codes"] == [0, 0]
+    whole, killed = tmp_path / "whole" / RUN, tmp_path / "killed" / RUN
+    ours, theirs = (read_metrics(run / "metrics.jsonl") for run in (killed, whole))
+    assert [row for row in ours if row["step"] <= 4] == [row for row in theirs if row["step"] <= 4]
+    for a, b in zip(ours, theirs, strict=True):
+        assert (a["step"], a.get("targets"), a.get("lr")) == (b["step"], b.get("targets"), b.get("lr"))
+        assert a.get("loss", a.get("val_loss")) == pytest.approx(b.get("loss", b.get("val_loss")), rel=1e-5)
+    assert ledger_rows(killed) == ledger_rows(whole)

@@ -57,6 +57,21 @@ def preempts(self, batch, batch_idx):
     step(self, batch, batch_idx)
 StageModule.training_step = preempts
 """
+# whom `folder/victim` names dies before a step
+DIES = """
+step = StageModule.training_step
+def dies(self, batch, batch_idx):
+    victims, at = (folder / "victim").read_text().split(":")
+    if batch.step == int(at):
+        self.writer.wait()
+        if str(rank) in victims:
+            os.kill(os.getpid(), signal.SIGKILL)
+        if victims == "launcher":
+            (folder / f"rank{rank}").write_text(str(os.getpid()))
+            time.sleep(600)
+    step(self, batch, batch_idx)
+StageModule.training_step = dies
+"""
 # three packs on two ranks: one of rank 1's holds nothing but dummy frames; a folder of their own for the index, which
 # rank 0 makes while rank 1 waits
 MORE = {
@@ -151,6 +166,47 @@ def test_a_loader_that_stands_still_is_named_killed_it_ends_all_and_two_nodes_go
     assert [e["event"] for e in all_events(run) if e["event"] in ("failed", "resume", "handed off")] == [
         "failed", "resume", "handed off"
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_whoever_is_killed_under_our_own_launcher_the_run_ends_and_goes_on(runs, tiny):
+    """Rank 1, rank 0, the launcher: one run, each start from where the one before left it. What is left of it once its
+    launcher is dead ends by itself; the same command, given at once, waits for that."""
+    words = [sys.executable, *script(runs / "killed", tiny, DIES), "hardware.devices=2"]
+    run, victim = runs / "killed/mini/stage2_pretrain", runs / "killed/victim"
+
+    def failed() -> list[tuple]:
+        return [(e["rank"], e["step"], e["error"]) for e in all_events(run) if e["event"] == "failed"]
+
+    for rank in (1, 0):
+        victim.write_text(f"{rank}:3")
+        process = start(words)
+        said = process.communicate(timeout=300)[0]
+        assert process.returncode == 128 + signal.SIGKILL, said
+        told = re.findall(r"error: (rank \d .*)", said)
+        assert re.fullmatch(rf"rank {rank} \(.*\): lost: it ended by SIGKILL", told[0])
+        assert (len(told), failed()[-1]) == (1, (rank, 2, told[0]))
+
+    victim.write_text("launcher:4")
+    launcher = start(words)
+    until, files = time.monotonic() + 300, [runs / f"killed/rank{n}" for n in (0, 1)]
+    while not all(f.exists() and f.read_text() for f in files) and time.monotonic() < until:
+        time.sleep(0.05)
+    other = int(files[1].read_text())
+    os.kill(other, signal.SIGSTOP)  # the last one to end
+    launcher.kill()
+    victim.write_text("none:-1")
+    again = start(words)
+    assert again.stdout is not None
+    while "is held by" not in (line := again.stdout.readline()):
+        assert line
+    assert re.search(r"is held by process \d+ on .*; waiting 60 s for its end", line)
+    os.kill(other, signal.SIGCONT)
+    assert "resuming at step 4 of 5" in finished(again)
+    assert "error: rank 0 (" in launcher.communicate(timeout=60)[0]
+    assert (len(failed()), failed()[-1][:2]) == (3, (0, 4))
+    assert "lost: its launcher is gone" in failed()[-1][2]
+    same_run(runs / "one/mini/stage2_pretrain", run)
 
 
 # -- Slurm, as far as it goes without Slurm ----------------------------------------------------------------------------

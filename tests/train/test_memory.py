@@ -524,7 +524,7 @@ def test_another_process_waits_for_the_first(tiny, tmp_path):
     (order.folder / "config.yaml").write_text("batch.pack_slots: 512\n")  # of a former run
     timer = threading.Timer(0.7, lambda: first.of_first("the size of a pack", lambda: 768))
     timer.start()
-    settled = memory.pack_slots(order, sources, lambda: pytest.fail("built a model"), other)
+    settled = memory.pack_slots(order, sources, lambda: pytest.fail("built a model"), other, "ddp")
     timer.join()
     assert settled.stage.batch.pack_slots == 768
 

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from midasheng.model.audio_lm import AudioLM
 from midasheng.train import checkpoint
@@ -62,6 +63,25 @@ def test_what_is_not_on_this_machine_is_not_called_right(tiny, tmp_path):
     assert states(found)["data"] == states(found)["plan"] == UNKNOWN
     assert f"below data.root {empty}" in said(found, "data")
     assert "nothing wrong; not checked here: data, plan, run folder, largest pack" in found.text()
+
+
+@pytest.mark.parametrize("auto", [False, True])
+def test_the_largest_pack_of_ranks_that_share_is_tried_as_one_of_them(tiny, tmp_path, auto):
+    """Without weights, as the first among imagined ones, of whatever number, one stage after the other."""
+    more = {"hardware__strategy": "fsdp", "hardware__memory_gib": 0.03}
+    more |= {"batch__kind": "throughput", "batch__pack_slots": "auto"} if auto else {}
+    for devices in (2, 80):
+        found = preflight(order_for("stage2_pretrain", tiny, tmp_path, hardware__devices=devices, **more))
+        assert states(found)["largest pack"] == RIGHT, said(found, "largest pack")
+        assert "worst pack, which was run once" in said(found, "largest pack")
+        assert f"rank 0 of {devices} that share the model; the others are imagined" in said(found, "largest pack")
+        assert not torch.distributed.is_initialized()
+    more["hardware__memory_gib"] = 0.002
+    found = preflight(order_for("stage2_pretrain", tiny, tmp_path, hardware__devices=2, **more))
+    assert states(found)["largest pack"] == WRONG
+    assert "GiB of memory, allowed are 0.0018" in said(found, "largest pack")
+    assert not torch.distributed.is_initialized()
+    assert found.wrong == 1
 
 
 def test_what_learns_without_weights_is_what_learns_with_them(tiny, tmp_path):

@@ -1,10 +1,13 @@
 """Processes that agree, fail, die and wait: real ones, over a real store and gloo, but without a model."""
 
+import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -147,6 +150,81 @@ def test_processes_agree_and_the_one_that_differs_is_named(tmp_path):
     assert "for rank 2 at: the slow place" in told[0]
     assert "the processes differ: rank 1 (" in told[0]
     assert "has another code than most: c, not b" in told[0]
+
+
+LAUNCHED = """
+import fcntl, os, signal, sys, time
+from pathlib import Path
+from midasheng.train import world
+world.TURN_S, world.GRACE_S = 0.2, 1.0
+if "RANK" not in os.environ:
+    sys.exit(world.start_here(2, lambda rank, text: print(f"told of rank {{rank}}: {{text}}", flush=True)))
+ranks = world.join(world.StopRequest())
+ranks.begin()
+{body}
+"""
+
+
+def launched_here(folder: Path, body: str, **how) -> subprocess.Popen[str]:
+    """Our launcher, two processes of it."""
+    (folder / "launched.py").write_text(LAUNCHED.format(body=body))
+    env = {name: value for name, value in os.environ.items() if name not in LAUNCH}
+    env |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
+    words = [*how.pop("before", []), str(folder / "launched.py")]
+    return subprocess.Popen([sys.executable, *words], cwd=folder, env=env, text=True, **how)
+
+
+def test_the_launcher_says_what_no_process_lived_to_say(tmp_path):
+    """All of them are killed at a time."""
+    process = launched_here(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)", stdout=subprocess.PIPE)
+    told = process.communicate(timeout=300)[0]
+    assert process.returncode == 128 + signal.SIGKILL
+    assert re.fullmatch(r"told of rank [01]: lost: it ended by SIGKILL\n", told)
+
+
+# a session of its own with this terminal
+IN_TERMINAL = """
+import fcntl, os, sys, termios
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+"""
+
+
+def test_processes_do_not_outlive_their_launcher_whose_terminal_was_closed(tmp_path):
+    """What they print then is an error of its own, which must not end the watch."""
+    ours, theirs = os.openpty()
+    body = """
+file = open(f"rank{ranks.rank}", "w")
+fcntl.lockf(file, fcntl.LOCK_EX)
+print(os.getpid(), file=file, flush=True)
+time.sleep(600)
+"""
+    process = launched_here(
+        tmp_path, body, before=["-c", IN_TERMINAL], stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True
+    )  # fmt: skip
+    os.close(theirs)
+    files, until = [tmp_path / f"rank{n}" for n in (0, 1)], time.monotonic() + 300
+    while not all(f.exists() and f.read_text() for f in files) and time.monotonic() < until:
+        time.sleep(0.05)
+    assert [lives(f) for f in files] == [True, True]
+    os.close(ours)
+    assert process.wait(60) == -signal.SIGHUP
+    until = time.monotonic() + 120
+    while (left := [f for f in files if lives(f)]) and time.monotonic() < until:
+        time.sleep(0.1)
+    for file in left:
+        os.kill(int(file.read_text()), signal.SIGKILL)
+    assert not left
+
+
+def lives(file: Path) -> bool:
+    """Does the process that locked it?"""
+    with file.open("r+") as opened:
+        try:
+            fcntl.lockf(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            return True
+    return False
 
 
 # -- in this process ---------------------------------------------------------------------------------------------------
