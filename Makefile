@@ -54,7 +54,7 @@ ASKED   = $(if $(TASK),--task "$(TASK)") $(if $(PROMPT),--prompt "$(PROMPT)") $(
 unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
-.PHONY: help setup data prepare check-data preflight index finetune stage1 stage2 stage3 submit stages curves report watch peek audit bisect chat probe evaluate export forecast keys bench bench-infer test test-browser lint
+.PHONY: help setup data prepare check-data preflight index finetune stage1 stage2 stage3 submit stages curves report watch peek audit bisect chat serve probe evaluate export forecast keys bench bench-infer test test-browser lint
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
@@ -139,6 +139,9 @@ chat: setup  ## ask a trained model: AUDIO=x.wav (or several) PROMPT="..."; with
 	@[ -n "$(AUDIO)" ] || { echo 'error: say what to listen to: make chat AUDIO=x.wav PROMPT="What is heard?"'; exit 2; }
 	@$(PY) -m stages.chat --scale "$(SCALE)" --runs "$(RUNS)" $(if $(NAME),--name "$(NAME)") \
 	  $(if $(PROMPT),--prompt "$(PROMPT)") --audio $(AUDIO) -- $(SET)
+
+serve: setup  ## run NAME (or a folder with a /) as OpenAI's API does, with audio, on 127.0.0.1:8000 (SET="port=9000")
+	@$(PY) -m stages.serve --scale "$(SCALE)" --runs "$(RUNS)" $(if $(NAME),--name "$(NAME)") $(SET)
 
 probe: setup  ## what the encoders of runs NAME=a,b tell of clips, beside the ones they started from (TASKS=labels.yaml)
 	@[ -n "$(NAME)" ] || { echo "error: say which runs: make probe NAME=stage1_align"; exit 2; }

@@ -11,7 +11,8 @@ import hashlib
 import io
 import json
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias, overload
@@ -37,7 +38,7 @@ from midasheng.model.encoder import EncoderShape  # noqa: E402
 from midasheng.model.generate import Sampling, generate, steps  # noqa: E402
 from midasheng.model.sources import Source, open_source  # noqa: E402
 
-Clip: TypeAlias = "str | Path | NDArray[Any] | torch.Tensor | tuple[NDArray[Any] | torch.Tensor, int]"
+Clip: TypeAlias = "str | Path | bytes | NDArray[Any] | torch.Tensor | tuple[NDArray[Any] | torch.Tensor, int]"
 Audio: TypeAlias = "Clip | Sequence[Clip] | None"
 DTYPES = {"float32": "fp32", "bfloat16": "bf16"}
 FULL_SCALE = 100.0  # of an array that was scaled to integers; a clipped recording goes little beyond 1
@@ -46,12 +47,14 @@ FULL_SCALE = 100.0  # of an array that was scaled to integers; a clipped recordi
 @dataclass(frozen=True)
 class Answer:
     """What the model says: its text, why it ended ("stop": by itself; "length": at max_new_tokens), the number of its
-    tokens, and seconds from the start of its batch to its end."""
+    tokens, seconds from the start of its batch to its end, and the number of its prompt's tokens, audio tokens among
+    them."""
 
     text: str
     finish: str
     new_tokens: int
     seconds: float
+    prompt_tokens: int
 
     def __str__(self) -> str:
         return self.text
@@ -61,13 +64,16 @@ class Answer:
 
 
 def waveform(clip: Clip, name: str = "audio") -> NDArray[np.float32]:
-    """A path, an array or (array, sample rate) as the model hears it: 16 kHz mono float32, at least MIN_SAMPLES long.
+    """A path, a file's bytes, an array or (array, sample rate) as the model hears it: 16 kHz mono float32, at least
+    MIN_SAMPLES long.
 
     Raises UserError that begins with `name`, or with the path.
     """
     if isinstance(clip, str | Path):
         name = str(clip)
         wave = _decoded(_file(Path(clip)), name)
+    elif isinstance(clip, bytes):
+        wave = _decoded(clip, name)
     elif isinstance(clip, tuple):
         if len(clip) != 2 or isinstance(clip[1], bool) or not isinstance(clip[1], int | np.integer) or clip[1] <= 0:
             raise UserError(f"{name}: a tuple is (array, sample rate in Hz); write several clips as a list")
@@ -186,17 +192,19 @@ class Listener:
             samples = [
                 self._sample(c, p, system, text_first, history) for c, p in zip(clips[some], prompts[some], strict=True)
             ]
-            for found in generate(self.lm, self._pack(samples), self.stops, max_new_tokens, sampling):
-                answers.append(Answer(self.chat.decode(found.ids), found.finish, len(found.ids), found.seconds))
+            all_found = generate(self.lm, self._pack(samples), self.stops, max_new_tokens, sampling)
+            for found, sample in zip(all_found, samples, strict=True):
+                text = self.chat.decode(found.ids)
+                answers.append(Answer(text, found.finish, len(found.ids), found.seconds, len(sample.ids)))
         return answers[0] if one else answers
 
     def stream(
         self, audio: Audio, prompt: str, *, system: str = "", text_first: bool = False,
         history: Sequence[tuple[str, str]] = (), max_new_tokens: int = 256, temperature: float = 0.0,
         top_p: float = 1.0, top_k: int = 0, seed: int = 0,
-    ) -> Iterator[str]:  # fmt: skip
+    ) -> Generator[str, None, Answer]:  # fmt: skip
         """The same answer to one prompt in pieces of text, as it is made. No piece cuts a character, and joined they
-        are the whole answer. Raises UserError, at once."""
+        are the whole answer, which the generator returns at its end. Raises UserError, at once."""
         sampling = Sampling(float(temperature), float(top_p), top_k, seed)
         _at_least_one(max_new_tokens=max_new_tokens)
         if not isinstance(prompt, str):
@@ -204,11 +212,12 @@ class Listener:
         sample = self._sample(_clips(audio, "audio"), prompt, system, text_first, history)
         return self._pieces(self._pack([sample]), max_new_tokens, sampling)
 
-    def _pieces(self, prompts: Pack, limit: int, sampling: Sampling) -> Iterator[str]:
+    def _pieces(self, prompts: Pack, limit: int, sampling: Sampling) -> Generator[str, None, Answer]:
         ids: list[int] = []
-        said = text = ""
+        said, text, finish, begun = "", "", "length", time.monotonic()
         for chosen in steps(self.lm, prompts, self.stops, limit, sampling):
             if chosen[0] in self.stops:
+                finish = "stop"
                 break
             ids.append(chosen[0])
             text = self.chat.decode(ids)
@@ -218,6 +227,7 @@ class Listener:
                 said = whole
         if len(text) > len(said):
             yield text[len(said) :]
+        return Answer(text, finish, len(ids), time.monotonic() - begun, len(prompts.ids_T))
 
     def _sample(
         self, clips: Sequence[NDArray[np.float32]], prompt: str, system: str, text_first: bool,

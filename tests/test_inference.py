@@ -398,7 +398,7 @@ NAN = np.where(np.arange(5_000) == 77, np.nan, 0.0).astype(np.float32)
         ((WAVE, 22_050.0), "audio: a tuple is"),
         ((WAVE, WAVE), "audio: a tuple is .* write several clips as a list"),
         ([[0.0] * 5_000], "audio, clip 1 is a list; write a path, an array"),
-        (b"RIFF", "audio is a bytes; write a path"),
+        (bytearray(b"RIFF"), "audio is a bytearray; write a path"),
         ("missing.wav", "missing.wav: no such audio file"),
         (Path("/"), "/ cannot be read"),
     ],
