@@ -135,6 +135,7 @@ def runs(folder: Path, tiny: Tiny, ranks: World) -> dict[str, str]:
         shutil.rmtree(folder / "auto/mini/stage1_align/weights")  # not finished
     ranks.gather("a run to resume")
     run("less", "auto", **AUTO | {"hardware__memory_gib": 0.005})
+    run("refused", "refused", **SHARED, batch__pack_slots=1200, hardware__memory_gib=0.02)
     memory.dearest = lambda *given: dataclasses.replace(dearest(*given), slots=20 + ranks.rank)
     run("sizes", "sizes", **SHARED, batch__pack_slots=300)
     memory.dearest = dearest

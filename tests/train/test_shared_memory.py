@@ -79,10 +79,10 @@ def of_ranks(folder) -> list[dict]:
 @pytest.mark.parametrize("case", shares.CASES)
 def test_a_shared_step_takes_what_was_tried_without_weights(of_ranks, case):
     """A whole second step of a real model with its optimizer, as torch's allocator counts it, on the rank that takes
-    more: to 2 %; by the fit over smaller packs to 3 %."""
+    more: to the byte, or 2 % in half precision, where a CPU's kernels take some; by the fit over smaller packs to 3 %."""
     took = max(of[case]["really"] for of in of_ranks)
     for said in (of[case] for of in of_ranks):
-        assert said["step"] == pytest.approx(took, rel=0.02)
+        assert said["step"] == pytest.approx(took, rel=0.02 if shares.CASES[case][1] else 1e-4)
         assert said["needs"] == pytest.approx(took, rel=0.03)
         assert said["residual"] < 0.01 * took
 
@@ -103,7 +103,7 @@ def test_gradients_that_stay_whole_until_a_steps_last_pack_are_counted(of_ranks)
     for part in ("all", "encoder"):
         one, two = (of_ranks[0][f"{part}, {packs}"] for packs in ("one pack", "two packs"))
         assert two["step"] > one["step"] + 300_000
-        assert one["needs of two packs"] == pytest.approx(two["step"], rel=0.01)
+        assert one["needs of two packs"] == pytest.approx(two["step"], rel=0.002)
 
 
 def test_a_rank_among_imagined_ones_takes_what_it_takes_among_real_ones(of_ranks):
@@ -147,18 +147,28 @@ def test_ranks_that_would_try_other_packs_are_named(folder, of_ranks):
     assert not (folder / "sizes/mini").exists()
 
 
-def test_a_pack_that_does_not_fit_ranks_that_share_is_refused_by_all(tiny, tmp_path):
-    """With one message, by the fit, before the largest is run or anything is written."""
-    done = on_two(tmp_path, tiny, **shares.SHARED, batch__pack_slots=1200, hardware__memory_gib=0.02)
-    words = r"packs of 1200 slots .* takes 0\.\d+ GiB .*, allowed are 0.018 .* would fit; write batch.pack_slots=\d"
-    refused(done, tmp_path, words)
+def test_a_pack_that_does_not_fit_ranks_that_share_is_refused_by_all(folder, of_ranks):
+    """By the fit, before the largest is run or anything is written."""
+    assert [re.match(TOO_MUCH, said["refused"]) is not None for said in of_ranks] == [True, True]
+    assert of_ranks[0]["refused"] == of_ranks[1]["refused"]
+    assert not (folder / "refused/mini").exists()
+
+
+TOO_MUCH = r"packs of 1200 slots .* takes 0\.\d+ GiB .*, allowed are 0.018 .* would fit; write batch.pack_slots=\d"
 
 
 def refused(done: subprocess.CompletedProcess[str], folder: Path, words: str) -> None:
+    """All end with one message, and nothing is written."""
     assert done.returncode == 2, done.stdout + done.stderr
     assert len(re.findall(rf"^error: rank \d \(.*\): {words}", done.stderr, re.MULTILINE)) == 1, done.stderr
     assert done.stderr.count("error:") == 1, done.stderr
     assert not (folder / "mini").exists()
+
+
+@pytest.mark.slow
+def test_the_command_says_once_that_a_pack_does_not_fit(tiny, tmp_path):
+    done = on_two(tmp_path, tiny, **shares.SHARED, batch__pack_slots=1200, hardware__memory_gib=0.02)
+    refused(done, tmp_path, TOO_MUCH)
 
 
 ONE_RUNS_OUT = """
