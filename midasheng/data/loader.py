@@ -291,6 +291,13 @@ def keep_freed_memory() -> None:
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
 
 
+def give_back_freed_memory() -> None:
+    """Let glibc return all that is free to the system, whatever it was told to keep."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def _once(number: int, _: object) -> None:
     signal.signal(number, signal.SIG_DFL)
 

@@ -145,6 +145,12 @@ def load(
     return [(origin, part, count) for (origin, part), count in table.items()]
 
 
+def check_memory(model: AudioLM) -> None:
+    """Raises AssertionError where a tensor is left without memory."""
+    empty = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
+    assert not empty, f"{len(empty)} tensors have no memory, the first {empty[0]}"
+
+
 def _ends_before(there: Sequence[int], wanted: Sequence[int], added: range) -> bool:
     """Has a table all rows but added ones, which are its last?"""
     return there[1:] == tuple(wanted[1:]) and added.start <= there[0] <= added.stop == wanted[0]

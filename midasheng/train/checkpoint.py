@@ -217,19 +217,24 @@ class _Telling(io.BufferedWriter):
             raise
 
 
+def save(content: dict[str, Any], path: Path) -> int:
+    """torch.save, which says why it failed. Returns the bytes. Raises OSError."""
+    with _Telling(io.FileIO(path, "w")) as file:
+        try:
+            torch.save(content, file)
+        except RuntimeError as error:
+            raise (file.error or error) from None
+        file.flush()
+        return file.tell()
+
+
 def write(content: dict[str, Any], folder: Path, names: Sequence[str]) -> int:
     """Write a checkpoint under these names, each all or nothing: beside, to the disk itself, and renamed. Returns its
     bytes. Raises OSError."""
     part = folder / "checkpoint.part"
     try:
-        with _Telling(io.FileIO(part, "w")) as file:
-            try:
-                torch.save(content, file)
-            except RuntimeError as error:
-                raise (file.error or error) from None
-            file.flush()
-            os.fsync(file.fileno())
-            size = file.tell()
+        size = save(content, part)
+        shard_files.sync(part)
         for name in names[1:]:
             other = folder / f"{name}.part"
             other.unlink(missing_ok=True)

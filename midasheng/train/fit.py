@@ -38,7 +38,7 @@ from midasheng.model.decoder import with_vocabulary
 from midasheng.model.encoder import EncoderShape
 from midasheng.model.sources import WeightsError, check_learned, check_stage, open_source
 from midasheng.sample import counter_seed
-from midasheng.train import checkpoint, memory, optim, sharded, trackers, world
+from midasheng.train import checkpoint, memory, once, optim, sharded, trackers, world
 from midasheng.train.listening import LONGEST, ListeningTest
 from midasheng.train.meter import add_event
 from midasheng.train.module import StageModule
@@ -93,24 +93,37 @@ def build(
 ) -> tuple[AudioLM, str, adapt.LoraPlan | None]:
     """The model with its start weights, LoRA and precision, and the text that says what came from where and what
     learns. `added`: ids that tokenizer.add gave the tokenizer. Raises UserError."""
-    model, said, table, plan = _assembled(order.stage, starts, added)
-    empty = [n for n, t in [*model.named_parameters(), *model.named_buffers()] if t.is_meta]
-    assert not empty, f"{len(empty)} tensors have no memory, the first {empty[0]}"
-    return model, "\n".join(said) + "\n\n" + table + "\n", plan
+    model, said, table = _assembled(order.stage, starts, added)
+    weights.check_memory(model)
+    return model, "\n".join(said) + "\n\n" + table + "\n", _lora(order.stage)
 
 
 def skeleton(stage: Stage, added: range) -> tuple[AudioLM, str]:
     """The same model without memory for its weights, and the table of what learns; its buffers are there. Raises
     UserError."""
-    model, _, table, _ = _assembled(stage, None, added)
+    model, _, table = _assembled(stage, None, added)
     return model, table
 
 
-def _assembled(
-    stage: Stage, starts: Sequence[weights.Start] | None, added: range
-) -> tuple[AudioLM, list[str], str, adapt.LoraPlan | None]:
-    """The one way from a stage to its model: (model, lines on what came from where, table of what learns, LoRA).
-    `starts`: None for parameters on the meta device, whose table is all that is said of them."""
+def begin(
+    order: Order, starts: Sequence[weights.Start], added: range, ranks: World, kind: str
+) -> tuple[AudioLM, str, adapt.LoraPlan | None]:
+    """`build`, as one of `ranks`, which all call it. Where they share the model (`kind`: of sharded.chosen) its weights
+    are built once a node (train/once.py), and only there is the text. Raises UserError."""
+    if kind != FSDP or ranks.size == 1:
+        return build(order, starts, added)
+    model, _ = skeleton(order.stage, added)
+    return model, once.fill(model, lambda: build(order, starts, added)[:2], ranks), _lora(order.stage)
+
+
+def _lora(stage: Stage) -> adapt.LoraPlan | None:
+    asked = stage.lora
+    return adapt.LoraPlan(tuple(asked.targets), asked.rank, asked.alpha, asked.dropout) if asked.targets else None
+
+
+def _assembled(stage: Stage, starts: Sequence[weights.Start] | None, added: range) -> tuple[AudioLM, list[str], str]:
+    """The one way from a stage to its model: (model, lines on what came from where, table of what learns). `starts`:
+    None for parameters on the meta device, which came from nowhere."""
     e, d = stage.model.encoder, stage.model.decoder
     torch.manual_seed(counter_seed(stage.run.seed, "fresh", stage.name) % 2**63)
     shape = EncoderShape(e.dim, e.depth, e.heads)
@@ -126,9 +139,8 @@ def _assembled(
         )  # fmt: skip
         said = [f"{'origin':34}{'part':>18}{'tensors':>8}"] + [f"{o:34}{p:>18}{n:8}" for o, p, n in origins]
         said += [f"{s.source.where}: {s.source.note}" for s in starts if s.source.note]
-    plan, adapted = None, {}
-    if stage.lora.targets:
-        plan = adapt.LoraPlan(tuple(stage.lora.targets), stage.lora.rank, stage.lora.alpha, stage.lora.dropout)
+    plan, adapted = _lora(stage), {}
+    if plan is not None:
         with torch.device("meta") if starts is None else nullcontext():
             adapted = adapt.add_lora(model, plan, counter_seed(stage.run.seed, "lora", stage.name) % 2**63)
     if starts is not None and stage.lora.inherit == "carry":
@@ -144,7 +156,7 @@ def _assembled(
         model.compile_blocks()
     adapt.set_precision(model, stage.run.precision)
     table = adapt.learns(model, stage.train, adapted, stage.lora.rank).table(stage.optim.name == "adamw8bit")
-    return model, said, table, plan
+    return model, said, table
 
 
 def parents_of(starts: Sequence[weights.Start]) -> list[dict[str, Any]]:
@@ -285,14 +297,14 @@ def fit(order: Order, ranks: World | None = None) -> None:
     inputs = {"plan": planner.fingerprint(), "parents": parents_of(starts)}
     state = "new" if order.fresh else check_run_folder(order, inputs)
     without = records([] if order.fresh else quarantined(folder), data.corpora)
+    ranks.alike(to_agree_on(order, inputs, state, without))  # so that all go the same way from here on
     if state == "finished":
-        ranks.alike(to_agree_on(order, inputs, state, without))
         if first:
             print(f"{folder} is finished (NAME=... for another run, FRESH=1 to train it again)")
         return
     # before there is a model, where its memory would be taken twice
     measured = memory.check(order, measurable(), sources, data.budget, ranks) if kind == FSDP else []
-    model, table, plan = build(order, starts, added)
+    model, table, plan = begin(order, starts, added, ranks, kind)
     measured = measured or memory.check(order, model, sources, data.budget, ranks)
     lines = [*sharded.lines(kind, stage.hardware), *measured, checkpoint.check_room(folder, model, stage)]
     text = header(order, data, kernels, lines) + "\n" + table
@@ -301,7 +313,7 @@ def fit(order: Order, ranks: World | None = None) -> None:
             probe.read_tasks(Path(stage.data.probe), Path(stage.data.root))
         except UserError as error:
             raise ConfigError(f"data.probe: {error}; or write data.probe='' for none") from None
-    ranks.alike(to_agree_on(order, inputs, state, without))
+    ranks.gather("the checks")  # are passed
     if first:
         folder.mkdir(parents=True, exist_ok=True)
     with held(folder, ranks):

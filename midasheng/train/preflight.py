@@ -14,7 +14,7 @@ from midasheng.data.room import DataRoom, Sources, mixes, open_data, plan_data
 from midasheng.data.storage import StorageError, is_url, list_shards
 from midasheng.model import weights
 from midasheng.model.audio_lm import AudioLM
-from midasheng.train import checkpoint, fit, memory, sharded
+from midasheng.train import checkpoint, fit, memory, once, sharded
 from midasheng.train.order import Order, check_run_folder
 from midasheng.train.world import World
 
@@ -100,6 +100,8 @@ def preflight(order: Order) -> Preflight:
     if shape is not None:
         found.checked("disk", lambda: checkpoint.check_room(order.folder, shape, stage), str.strip)
     shared = shape is not None and sharded.chosen(stage.hardware, shape) == FSDP
+    if shape is not None and shared:
+        found.checked("TMPDIR", lambda: once.check_room(shape), str.strip)
     if shared and sources is not None and not no_gpu:
         found.checked("largest pack", lambda: _dry_shared(order, sources), "\n".join)
     elif model is not None and sources is not None and not no_gpu:

@@ -240,6 +240,11 @@ class World:
         """Is this the process that writes?"""
         return self.rank == 0
 
+    @property
+    def builder(self) -> int:
+        """The first process of this machine; every launcher numbers those of a machine one after the other."""
+        return self.rank - int(os.environ.get("LOCAL_RANK", "0"))
+
     # -- agreeing
 
     def begin(self) -> None:
@@ -249,15 +254,15 @@ class World:
         self._watch.start()
         self.hosts = self.gather("the start", socket.gethostname())
 
-    def gather(self, what: str, mine: str = "") -> list[str]:
+    def gather(self, what: str, mine: str = "", *, for_ever: bool = False) -> list[str]:
         """What every rank brings to this place, by rank; nobody goes on before all are here. Raises UserError, which
-        names whom it waited for."""
+        names whom it waited for; not where it may be waited for as long as it lives (`for_ever`)."""
         if self.store is None:
             return [mine]
         self._turn[what] += 1
         keys = [f"{what}/{self._turn[what]}/{rank}" for rank in range(self.size)]
         self.store.set(keys[self.rank], mine)
-        self._await(what, keys, JOIN_S)
+        self._await(what, keys, float("inf") if for_ever else JOIN_S)
         return [value.decode() for value in self.store.multi_get(keys)]
 
     def of_first(self, what: str, make: Callable[[], T]) -> T:

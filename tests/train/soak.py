@@ -69,18 +69,24 @@ def fork(log: Path, work: Callable[[], int], env: dict[str, str] | None = None) 
 
 
 def start(
-    world: int, log: Path, arguments: Sequence[str], inject: Callable[[int], None] = lambda rank: None
+    world: int, log: Path, arguments: Sequence[str], inject: Callable[[int], None] = lambda rank: None, nodes: int = 1
 ) -> list[int]:
-    """All ranks of a stage, with what torchrun would tell them; returns their ids. `inject`: called in each before."""
+    """All ranks of a stage, with what torchrun would tell them; returns their ids. `inject`: called in each before.
+    `nodes`: how many this machine stands for."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     common = {
-        "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": world, "NODE_RANK": 0, "GROUP_RANK": 0, "MASTER_ADDR": "127.0.0.1",
+        "WORLD_SIZE": world, "LOCAL_WORLD_SIZE": (here := world // nodes), "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": port,
     }  # fmt: skip
-    ranks = [{**common, "RANK": n, "LOCAL_RANK": n} if world > 1 else {} for n in range(world)]
-    arguments = [*arguments, f"hardware.devices={world}"]
+    ranks = [
+        {**common, "RANK": n, "LOCAL_RANK": n % here, "NODE_RANK": n // here, "GROUP_RANK": n // here}
+        if world > 1
+        else {}
+        for n in range(world)
+    ]
+    arguments = [*arguments, f"hardware.devices={here}", f"hardware.nodes={nodes}"]
 
     def work(rank: int) -> int:
         inject(rank)
