@@ -133,7 +133,7 @@ def test_unknown_scale_lists_the_scales(tiny, tmp_path, capsys):
 
 def test_what_one_process_can_refuse_starts_no_others(tiny, tmp_path, capsys, monkeypatch):
     """8 processes took 40 s to say, one after the other, that the stage before is missing."""
-    monkeypatch.setattr(world, "start_here", lambda processes: 99)
+    monkeypatch.setattr(world, "start_here", lambda processes, tell: 99)
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     status = run("stage2_pretrain", tiny, tmp_path, hardware__devices=2)
     refused(capsys, status, "there is no run", "run `make stage1` first")

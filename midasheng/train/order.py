@@ -120,7 +120,7 @@ def held(folder: Path, ranks: World) -> Iterator[None]:
     a lock, so that a run counts as alive while any of them is. The system releases it, whatever they die of. Raises
     UserError."""
     with contextlib.ExitStack() as holding:
-        ranks.of_first("the lock of the run folder", lambda: holding.enter_context(_locked(folder, alone=True)))
+        ranks.of_first("the lock of the run folder", lambda: _sign(holding.enter_context(_locked(folder, alone=True))))
         if not ranks.first:
             holding.enter_context(_locked(folder, alone=False))
         yield
@@ -144,9 +144,10 @@ def look_for_others(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _locked(folder: Path, *, alone: bool) -> Iterator[None]:
-    """`alone`: where nobody else has it. POSIX locks, and not flock's: forked loader processes do not inherit them, and
-    network file systems know them; where one does not, the run goes on without."""
+def _locked(folder: Path, *, alone: bool) -> Iterator[int]:
+    """The open file, -1 where there is none. `alone`: where nobody else has it. POSIX locks, and not flock's: forked
+    loader processes do not inherit them, and network file systems know them; where one does not, the run goes on
+    without."""
     path = folder / LOCK
     handle = -1
     try:
@@ -155,10 +156,18 @@ def _locked(folder: Path, *, alone: bool) -> Iterator[None]:
     except OSError as error:
         print(f"note: {path} cannot be locked ({error.strerror}): a second start would not be noticed", file=sys.stderr)
     try:
-        yield
+        yield handle
     finally:
         if handle >= 0:
             os.close(handle)
+
+
+def _sign(handle: int) -> None:
+    """Who holds it."""
+    about = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
+    with contextlib.suppress(OSError):  # a full disk; no file
+        os.truncate(handle, 0)
+        os.pwrite(handle, about.encode(), 0)
 
 
 def _take(handle: int, folder: Path, alone: bool) -> None:
@@ -168,10 +177,6 @@ def _take(handle: int, folder: Path, alone: bool) -> None:
         try:
             if alone:
                 fcntl.lockf(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                about = f"process {os.getpid()} on {socket.gethostname()}, since {time.strftime('%Y-%m-%d %H:%M:%S')}\n"
-                with contextlib.suppress(OSError):  # a full disk
-                    os.truncate(handle, 0)
-                    os.pwrite(handle, about.encode(), 0)
             fcntl.lockf(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
             return
         except OSError as error:

@@ -78,8 +78,10 @@ def test_a_second_start_of_a_run_is_refused_while_the_first_one_lives(tiny, tmp_
 HOLDS = """
 import sys, time
 from pathlib import Path
-from midasheng.train.order import _locked
-with _locked(Path(sys.argv[1]), alone={alone}):
+from midasheng.train.order import _locked, _sign
+with _locked(Path(sys.argv[1]), alone={alone}) as handle:
+    if {alone}:
+        _sign(handle)
     print("held", flush=True)
     time.sleep(600)
 """

@@ -182,9 +182,10 @@ def test_the_launcher_says_what_no_process_lived_to_say(tmp_path):
     assert re.fullmatch(r"told of rank [01]: lost: it ended by SIGKILL\n", told)
 
 
-# a session of its own with this terminal
+# a session of its own with this terminal; whoever runs the tests may ignore its end (nohup)
 IN_TERMINAL = """
-import fcntl, os, sys, termios
+import fcntl, os, signal, sys, termios
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 fcntl.ioctl(0, termios.TIOCSCTTY, 0)
 os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
 """
