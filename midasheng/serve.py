@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import base64
-import binascii
 import itertools
 import json
 import threading
 import time
+import traceback
 import uuid
 from collections import deque
 from collections.abc import AsyncIterator, Sequence
@@ -30,13 +30,18 @@ from midasheng.config import UserError
 from midasheng.inference import Answer, Listener, waveform
 
 BATCH = 16
-# of a request: what is said here is done, what would change an answer and is not is refused
-SETTINGS: dict[str, type] = {"temperature": float, "top_p": float, "top_k": int, "seed": int}
+# of a request: its name for each setting of Listener.generate, and the kind
+SETTINGS: dict[str, tuple[str, type]] = {
+    "temperature": ("temperature", float), "top_p": ("top_p", float), "top_k": ("top_k", int), "seed": ("seed", int),
+    "max_tokens": ("max_new_tokens", int), "max_completion_tokens": ("max_new_tokens", int),
+}  # fmt: skip
+# what would change an answer and is not done here, with the value that changes nothing; any other is refused
 NEUTRAL: dict[str, Any] = {
     "n": 1, "stop": [], "logprobs": False, "presence_penalty": 0, "frequency_penalty": 0, "repetition_penalty": 1,
     "logit_bias": {}, "tools": [], "response_format": {"type": "text"}, "modalities": ["text"], "ignore_eos": False,
 }  # fmt: skip
-READ = {*SETTINGS, *NEUTRAL, "model", "messages", "max_tokens", "max_completion_tokens", "stream", "stream_options"}
+READ = {*SETTINGS, *NEUTRAL, "model", "messages", "stream", "stream_options"}
+# accepted and not read: nothing of an answer hangs on them
 NO_MATTER = {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "tool_choice", "top_logprobs"}
 
 
@@ -57,7 +62,11 @@ class Job:
     stream: bool
     loop: asyncio.AbstractEventLoop
     told: asyncio.Queue[str | Answer | Exception] = field(default_factory=asyncio.Queue)
-    gone: bool = False  # nobody waits for it any more
+    gone: bool = False  # nobody reads its stream any more
+    alone: bool = False  # not in a batch
+
+    def __post_init__(self) -> None:
+        self.alone = self.stream
 
     def tell(self, what: str | Answer | Exception) -> None:
         """From the model's thread."""
@@ -76,27 +85,22 @@ def asked(body: Any) -> Asked:
             raise UserError(f"{name}: is not known here; there are {', '.join(sorted(READ))}")
         if name in NEUTRAL and value is not None and value != NEUTRAL[name] and value not in ([], {}):
             raise UserError(f"{name}: {json.dumps(value)} is not offered; leave it out")
-    settings: dict[str, Any] = {}
-    for name, kind in SETTINGS.items():
+    settings: dict[str, Any] = {"temperature": 0.0}  # not OpenAI's 1: what is measured and what chat says is greedy
+    for name, (ours, kind) in SETTINGS.items():
         if (value := body.get(name)) is not None:
             if isinstance(value, bool) or not isinstance(value, (int, float) if kind is float else int):
                 raise UserError(f"{name}: {json.dumps(value)} is no {'number' if kind is float else 'whole number'}")
-            settings[name] = kind(value)
-    settings.setdefault("temperature", 0.0)  # not OpenAI's 1: what is measured and what chat says is greedy
-    for name in ("max_tokens", "max_completion_tokens"):
-        if (value := body.get(name)) is not None:
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise UserError(f"{name}: {json.dumps(value)} is no whole number")
-            settings["max_new_tokens"] = value
-    messages = list(body["messages"])
-    first = messages[0] if isinstance(messages[0], dict) else {}
-    if first.get("role") in ("system", "developer"):
-        settings["system"] = _words(messages.pop(0), 0)
+            settings[ours] = kind(value)
+    messages = body["messages"]
     roles = [m.get("role") if isinstance(m, dict) else None for m in messages]
+    start = int(roles[0] in ("system", "developer"))
+    if start:
+        settings["system"] = _words(messages[0], 0)
+    roles = roles[start:]
     if roles != ["user", "assistant"] * (len(roles) // 2) + ["user"]:
         raise UserError(f"messages: their roles are {roles}; user and assistant take turns, user is the last")
-    prompt, clips, settings["text_first"] = _turn(messages[0], 0)
-    said = [prompt, *(_words(m, n) for n, m in enumerate(messages[1:], 1))]
+    prompt, clips, settings["text_first"] = _turn(messages[start], start)
+    said = [prompt, *(_words(messages[n], n) for n in range(start + 1, len(messages)))]
     settings["history"] = tuple(zip(said[:-1:2], said[1::2], strict=True))
     return Asked(clips, said[-1], settings)
 
@@ -104,7 +108,7 @@ def asked(body: Any) -> Asked:
 def _words(message: dict[str, Any], number: int) -> str:
     text, clips, _ = _turn(message, number)
     if clips:
-        raise UserError(f"messages[{number}]: clips stand in the first turn of a conversation alone")
+        raise UserError(f"messages[{number}]: clips stand in a conversation's first turn of the user alone")
     return text
 
 
@@ -138,8 +142,8 @@ def _bytes(part: dict[str, Any], where: str) -> bytes:
         if not head.startswith("data:") or not head.endswith(";base64"):
             raise UserError(f"{where}: no address is opened here; write data:audio/wav;base64,... into the url")
     try:
-        return base64.b64decode(data, validate=True)  # type: ignore[arg-type]  # refused below
-    except (TypeError, ValueError, binascii.Error):
+        return base64.b64decode(data or "%", validate=True)  # no base64: absent and empty are refused alike
+    except (TypeError, ValueError):
         raise UserError(f"{where}: write the audio file's bytes in base64") from None
 
 
@@ -161,35 +165,40 @@ class Room:
             self.waiting.append(job)
             self.changed.notify()
 
+    def _return(self, jobs: Sequence[Job]) -> None:
+        """Those that could not be answered together wait again, each for itself."""
+        with self.changed:
+            for job in reversed(jobs):
+                job.alone = True
+                self.waiting.appendleft(job)
+
     def _next(self) -> list[Job]:
         """The one that has waited longest, and those who can be answered with it."""
         with self.changed:
             while not self.waiting:
                 self.changed.wait()
             jobs = [first := self.waiting.popleft()]
-            for other in list(self.waiting) if not first.stream else []:
-                if len(jobs) < self.batch and not other.stream and other.asked.settings == first.asked.settings:
+            for other in list(self.waiting) if not first.alone else []:
+                if len(jobs) < self.batch and not other.alone and other.asked.settings == first.asked.settings:
                     jobs.append(other)
                     self.waiting.remove(other)
-        return [job for job in jobs if not job.gone]
+        return jobs
 
     def _work(self) -> None:
         while True:
             jobs = self._next()
             try:
-                if jobs and jobs[0].stream:
+                if jobs[0].stream:
                     self._stream(jobs[0])
-                elif jobs:
+                else:
                     self._together(jobs)
-            except Exception as error:  # of the request, or of a machine that is full: the next one may be answered
+            except Exception as error:  # whatever it is, others wait: this thread must go on, and each must hear
                 if len(jobs) == 1:
+                    if not isinstance(error, UserError):
+                        traceback.print_exception(error)  # the client gets one line of it
                     jobs[0].tell(error)
-                    continue
-                for job in jobs:
-                    try:
-                        self._together([job])
-                    except Exception as its_own:
-                        job.tell(its_own)
+                else:  # too many, or one that spoils it for all
+                    self._return(jobs)
 
     def _together(self, jobs: Sequence[Job]) -> None:
         found = self.listener.generate(
@@ -253,10 +262,7 @@ def app(listener: Listener, name: str, batch: int = BATCH) -> FastAPI:
                 return refusal(first)
             usage = bool((body.get("stream_options") or {}).get("include_usage"))
             return StreamingResponse(_events(job, first, head, usage), media_type="text/event-stream")
-        try:
-            answer = await job.told.get()
-        finally:
-            job.gone = True
+        answer = await job.told.get()
         if not isinstance(answer, Answer):
             assert isinstance(answer, Exception)
             return refusal(answer)

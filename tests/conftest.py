@@ -3,6 +3,8 @@
 import io
 import json
 import os
+import shutil
+import subprocess
 import threading
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -12,6 +14,7 @@ import jaxtyping
 # shapes are law in tests; before any import of the model room
 jaxtyping.install_import_hook("midasheng.model", "beartype.beartype")
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -235,3 +238,15 @@ def run_stage(stage: str, tiny: Tiny, runs: Path, *, scale_folder: bool = True, 
 def _one_thread() -> None:
     """Bit-equality is promised for a fixed number of threads."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 16 MB, the folder `killed`."""
+    place = tmp_path / "killed"
+    place.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(place)]
+    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
+        pytest.skip("no right to mount a file system")
+    yield place
+    subprocess.run(["umount", "-l", str(place)], check=True)

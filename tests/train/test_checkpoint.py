@@ -392,18 +392,6 @@ def test_weights_that_find_no_room_leave_the_checkpoint_and_are_written_later(ti
     same_run(unbroken, run_stage("stage1_align", tiny, tmp_path / "run", **FULL))
 
 
-@pytest.fixture
-def small_disk(tmp_path) -> Iterator[Path]:
-    """A file system of 16 MB."""
-    place = tmp_path / "small"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=16m", "none", str(place)]
-    if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("no right to mount a file system")
-    yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
-
-
 def test_too_little_room_is_said_before_anything_is_written(tiny, small_disk):
     (small_disk / "film").write_bytes(bytes(12 * 2**20))
     with pytest.raises(UserError, match=r"checkpoints and weights/ need 0.0\d GB, there are 0.00 GB.*RUNS=FOLDER"):
